@@ -1,0 +1,58 @@
+"""Makes the Python stubs in proto/gen from the contracts, at every install and wheel build."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+PROTO = Path(__file__).resolve().parent
+
+
+def generate(out: Path) -> None:
+    """Writes stubs, type stubs and ``clawplane/descriptors.binpb`` (the image with comments) under ``out``."""
+    from google.api import annotations_pb2
+    from google.protobuf import descriptor_pb2
+    from grpc_tools import protoc
+    from protovalidate._gen.buf.validate import validate_pb  # type: ignore[import-not-found]
+
+    def run(*arguments: str) -> None:
+        if protoc.main(["protoc", *arguments]) != 0:
+            raise RuntimeError(f"protoc failed: {' '.join(arguments)}")
+
+    includes = [
+        f"-I{PROTO}",
+        f"-I{Path(str(protoc.__file__)).parent / '_proto'}",
+        f"-I{Path(str(annotations_pb2.__file__)).parents[2]}",
+    ]
+    sources = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("clawplane/**/*.proto"))
+    # protoc-gen-mypy sits beside the interpreter, and a build environment is not on PATH.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "clawplane").mkdir(parents=True)
+    # The protovalidate wheel ships no .proto file: its own descriptor is the source of buf/validate.
+    validate_set = out / "validate.binpb"
+    descriptors = descriptor_pb2.FileDescriptorSet()
+    descriptors.file.add().ParseFromString(validate_pb.desc().proto.to_binary())
+    validate_set.write_bytes(descriptors.SerializeToString())
+    image = out / "clawplane" / "descriptors.binpb"
+    run(*includes, f"--descriptor_set_in={validate_set}", "--include_imports", "--include_source_info",
+        f"--descriptor_set_out={image}", *sources)
+    run(f"--descriptor_set_in={image}", f"--python_out={out}", f"--mypy_out=quiet:{out}",
+        "buf/validate/validate.proto", *sources)
+    run(f"--descriptor_set_in={image}", f"--grpc_python_out={out}", f"--mypy_grpc_out=quiet:{out}", *sources)
+    validate_set.unlink()
+
+
+class StubsHook(BuildHookInterface):
+    """Hatchling hook: stubs before any build; in a real wheel they are added to it."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        out = PROTO / "gen"
+        generate(out)
+        # A static force-include would copy stale stubs into site-packages of editable installs, where they win.
+        if version == "standard" and self.target_name == "wheel":
+            build_data["force_include"].update({str(out / "clawplane"): "clawplane", str(out / "buf"): "buf"})

@@ -1,0 +1,58 @@
+"""Settings that every process has; each process adds its own in its ``settings.py``."""
+
+import base64
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class KitSettings(BaseSettings):
+    """Read from the environment as ``CLAWPLANE_<NAME>``; nested values as JSON."""
+
+    model_config = SettingsConfigDict(env_prefix="CLAWPLANE_", extra="ignore", frozen=True)
+
+    environment: Literal["development", "production"] = Field("development", description="production refuses conveniences")
+    data_dir: Path = Field(Path(".clawplane"), description="where the embedded default keeps its files")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+
+    # Credentials. Keys are base64 of 32 bytes; the embedded default makes its own (see kit/devkeys.py).
+    service_name: str = Field("clawplane", description="issuer and subject of the tokens that this process signs")
+    service_private_key: SecretStr = Field(SecretStr(""), description="Ed25519 seed with which this process signs")
+    service_public_keys: dict[str, str] = Field(default_factory=dict, description="issuer -> Ed25519 public key that is trusted")
+    operator_token: SecretStr = Field(SecretStr(""), description="token of operators; empty: there are none")
+    encryption_keys: dict[str, SecretStr] = Field(default_factory=dict, description="key id -> AES-256 key for secrets at rest")
+    encryption_key_id: str = Field("", description="the key id that new secrets use")
+    hmac_key: SecretStr = Field(SecretStr(""), description="key of the blind indexes and of key hashes")
+
+    # Database pool, in SQLAlchemy's words.
+    pool_size: int = Field(5, ge=1, description="connections kept open")
+    max_overflow: int = Field(15, ge=0, description="connections above pool_size, closed after use")
+    pool_timeout_s: float = Field(30, gt=0, description="wait for a free connection")
+    connect_tries: int = Field(3, ge=1, description="tries to connect at start")
+    statement_timeout_s: float = Field(30, gt=0, description="a statement is stopped after this (PostgreSQL)")
+    lock_timeout_s: float = Field(5, gt=0, description="a wait for a lock is given up after this")
+    slow_statement_ms: int = Field(200, ge=0, description="statements that take longer are logged by name")
+
+    # Calls.
+    max_concurrent_calls: int = Field(500, ge=1, description="unary calls handled at once; more are refused at once")
+    max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="largest message that is read")
+    rate_limit: str = Field("6000/minute", description="calls of one subject; services and operators have none")
+    drain_timeout_s: float = Field(5, gt=0, description="time that calls in flight get to finish when the process stops")
+
+    def seed(self) -> bytes:
+        """The Ed25519 seed of this process, 32 bytes."""
+        return decode_key(self.service_private_key, "service_private_key")
+
+
+def decode_key(value: SecretStr | str, name: str) -> bytes:
+    """Base64 text to the 32 bytes of a key; ValueError names the setting, never its value."""
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise ValueError(f"CLAWPLANE_{name.upper()} must be base64 of 32 bytes")
+    return raw
