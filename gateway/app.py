@@ -1,0 +1,82 @@
+"""The gateway: its routes and its middleware."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+import grpc
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route
+
+from gateway import health, httprule
+from gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, render
+from gateway.middleware import BodyLimit, Observe, SecurityHeaders
+from gateway.sandbox import Sandbox
+from gateway.settings import GatewaySettings
+from gateway.transcode import build_routes
+from gateway.webhooks.receiver import StripeReceiver
+
+DEPLOYMENT = "clawplane.deployment.v1"
+
+
+def create_app(
+    settings: GatewaySettings,
+    channels: Mapping[str, grpc.aio.Channel],
+    service_metadata: Callable[[], Sequence[tuple[str, str]]],
+    ready: Callable[[], Awaitable[bool]] | None = None,
+) -> Starlette:
+    """The ASGI application.
+
+    `channels` by proto package; `service_metadata` makes the gateway's own credential for webhooks and sandbox, as metadata, anew
+    for each call; `ready` is asked by ``/readyz`` beside the services.
+    """
+    routes: list[BaseRoute] = [
+        Route("/healthz", health.healthz),
+        Route("/readyz", health.Readiness(channels, ready).readyz),
+        Route("/metrics", health.metrics),
+        *build_routes(httprule.services(channels), channels, settings.call_timeout_s),
+    ]
+    # Without any secret nothing could be verified, so the address does not exist.
+    if settings.stripe_webhook_secrets or settings.sandbox_enabled:
+        stripe = StripeReceiver(settings, channels[DEPLOYMENT], service_metadata)
+        routes.append(Route("/webhooks/stripe", stripe.receive, methods=["POST"]))
+    if settings.sandbox_enabled:
+        routes.extend(Sandbox(settings, channels[DEPLOYMENT], service_metadata).routes())
+    middleware = [
+        Middleware(SecurityHeaders, https=settings.public_url.startswith("https://")),
+        Middleware(Observe, template=_templates(routes)),
+        Middleware(BodyLimit, default_bytes=settings.max_body_bytes, by_prefix={"/webhooks/": settings.webhook_max_bytes}),
+    ]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers={ApiError: _api_error, HTTPException: _http_error})
+    app.router.redirect_slashes = False
+    return app
+
+
+def _templates(routes: Sequence[BaseRoute]) -> Callable[[object], str]:
+    """From an endpoint to the template of its route, for logs and metrics."""
+    known: dict[object, str] = {}
+    for route in routes:
+        if isinstance(route, Route):
+            known[route.endpoint] = getattr(route.endpoint, "template", route.path.replace(":segment", ""))
+        elif isinstance(route, Mount):
+            known[route.app] = route.path
+    return lambda endpoint: known.get(endpoint, "unmatched")
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return render(error)
+
+
+async def _http_error(http: Request, error: Exception) -> Response:
+    """Starlette's own errors in our form."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        return render(not_found())
+    if error.status_code == 405:
+        return render(method_not_allowed((error.headers or {}).get("Allow", "GET").split(", ")))
+    if error.status_code < 500:
+        return render(invalid([("request", "cannot be understood")], error.status_code))
+    return render(internal(http.scope["state"]["request_id"]))

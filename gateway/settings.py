@@ -1,0 +1,66 @@
+"""Settings of the gateway."""
+
+import ipaddress
+
+from pydantic import Field, SecretStr, model_validator
+
+from services.kit.settings import KitSettings
+
+MIN_SECRET_CHARS = 16
+
+
+class GatewaySettings(KitSettings):
+    """Read from the environment as ``CLAWPLANE_<NAME>``."""
+
+    user_target: str = Field("127.0.0.1:50051", description="host:port of the user service (gRPC)")
+    deployment_target: str = Field("127.0.0.1:50052", description="host:port of the deployment service (gRPC)")
+    http_host: str = Field("127.0.0.1", description="address on which the gateway listens")
+    http_port: int = Field(8080, ge=1, le=65535, description="port on which the gateway listens")
+    public_url: str = Field("http://127.0.0.1:8080", description="address of the gateway as browsers see it")
+
+    stripe_webhook_secrets: list[SecretStr] = Field(
+        default_factory=list, description="signing secrets of Stripe; several while rolling"
+    )
+    sandbox_enabled: bool = Field(False, description="checkout without money")
+    sandbox_allow_remote: bool = Field(False, description="lets the sandbox listen on an address that is not a loopback one")
+    sandbox_webhook_secret: SecretStr = Field(SecretStr(""), description="signs the sandbox's own webhooks")
+    webhook_tolerance_s: int = Field(300, ge=1, description="how far a signature's time may be from ours, either way")
+
+    call_timeout_s: float = Field(30, gt=0, description="deadline of a forwarded call")
+    webhook_timeout_s: float = Field(10, gt=0, description="deadline of the call that applies a webhook")
+    max_body_bytes: int = Field(1024 * 1024, ge=1, description="largest request body")
+    webhook_max_bytes: int = Field(512 * 1024, ge=1, description="largest webhook body")
+
+    @model_validator(mode="after")
+    def _check_secrets(self) -> "GatewaySettings":
+        stripe = [secret.get_secret_value() for secret in self.stripe_webhook_secrets]
+        sandbox = self.sandbox_webhook_secret.get_secret_value()
+        # An empty secret would make signatures that anybody can compute.
+        if any(len(secret) < MIN_SECRET_CHARS for secret in stripe):
+            raise ValueError(f"CLAWPLANE_STRIPE_WEBHOOK_SECRETS: each needs {MIN_SECRET_CHARS} characters or more")
+        if not self.sandbox_enabled:
+            return self
+        if len(sandbox) < MIN_SECRET_CHARS:
+            raise ValueError(
+                f"CLAWPLANE_SANDBOX_WEBHOOK_SECRET needs {MIN_SECRET_CHARS} characters or more while the sandbox is enabled"
+            )
+        if sandbox in stripe:
+            raise ValueError("CLAWPLANE_SANDBOX_WEBHOOK_SECRET must not be one of Stripe's")
+        if not is_loopback(self.http_host) and not self.sandbox_allow_remote:
+            raise ValueError("the sandbox listens on loopback addresses only; CLAWPLANE_SANDBOX_ALLOW_REMOTE=true overrides this")
+        return self
+
+    def own_base_url(self) -> str:
+        """Where this process reaches itself: ``http://host:port``."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.http_host, self.http_host)
+        return f"http://[{host}]:{self.http_port}" if ":" in host else f"http://{host}:{self.http_port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine can connect to `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

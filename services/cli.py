@@ -1,0 +1,145 @@
+"""The ``clawplane`` command."""
+
+import asyncio
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+import uvloop
+from pydantic import ValidationError
+from rich.console import Console
+
+from services import embedded
+from services.kit import telemetry
+from services.kit.auth import TokenSigner
+from services.kit.secrets import SecretError
+from services.kit.settings import KitSettings
+
+_STARTED = time.perf_counter()
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+Host = Annotated[str, typer.Option(help="Address to listen on.", envvar="CLAWPLANE_HOST")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the embedded default keeps its files. [default: .clawplane]")]
+
+
+class Part(StrEnum):
+    """What can run as a process of its own."""
+
+    user = "user"
+    deployment = "deployment"
+    gateway = "gateway"
+
+
+_PORTS = {Part.user: 50051, Part.deployment: 50052, Part.gateway: 8080}
+
+
+@app.command()
+def up(
+    host: Host = "127.0.0.1",
+    grpc_port: Annotated[int, typer.Option(envvar="CLAWPLANE_GRPC_PORT")] = 50051,
+    http_port: Annotated[int, typer.Option(envvar="CLAWPLANE_HTTP_PORT")] = 8080,
+    data_dir: DataDir = None,
+) -> None:
+    """Run everything in one process on SQLite: both services, the gateway, local bots, a sandbox checkout."""
+
+    def announce(target: str, url: str) -> None:
+        took = time.perf_counter() - _STARTED
+        out.print(f"\n[bold]Clawplane is up[/] [dim]({took:.1f} s)[/]")
+        out.print(f"  gateway  {url}")
+        out.print(f"  gRPC     {target}  [dim]reflection is on: grpcurl -plaintext {target} list[/]")
+        out.print("  try      [bold]make demo[/] in another shell; stop with Ctrl-C\n")
+
+    _run(embedded.up(host, grpc_port, http_port, data_dir, announce))
+
+
+@app.command()
+def serve(
+    part: Part,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 means the part's usual one: 50051, 50052, 8080.")] = 0,
+) -> None:
+    """Run one service alone, set up by CLAWPLANE_* in the environment. Migrates its database first."""
+    _run(embedded.serve(part.value, host, port or _PORTS[part]))
+
+
+@app.command()
+def migrate(part: Annotated[Part | None, typer.Argument(help="Only this service; both when left out.")] = None) -> None:
+    """Bring the databases up to date."""
+    if part is Part.gateway:
+        err.print("[red]the gateway has no database[/]")
+        raise typer.Exit(2)
+    user = embedded.load_settings(embedded.UserSettings) if part in (None, Part.user) else None
+    deployment = embedded.load_settings(embedded.DeploymentSettings) if part in (None, Part.deployment) else None
+    _run(embedded.migrate_all(user, deployment))
+    out.print("databases are up to date")
+
+
+@app.command()
+def token(
+    user: Annotated[str, typer.Option(help="Act for this user: an id (usr_...) or an e-mail address.")] = "",
+    org: Annotated[str, typer.Option(help="Act in this organization of the user. [default: the personal one]")] = "",
+    permission: Annotated[list[str] | None, typer.Option(help="Only this permission; repeat for more. [default: all]")] = None,
+    ttl_s: Annotated[int, typer.Option(min=1, max=900, help="Seconds that the token lives.")] = 900,
+    target: Annotated[str, typer.Option(help="host:port of the user service, to look up an e-mail address.")] = "127.0.0.1:50051",
+    data_dir: DataDir = None,
+) -> None:
+    """Print a service token, or one that acts for a person. Send it as "authorization: Bearer <token>"."""
+    signer = TokenSigner(embedded.load_settings(KitSettings, data_dir))
+    user_id = user
+    if user and not user.startswith("usr_"):
+        user_id = _look_up(user, target, signer)
+    out.print(signer.sign(permission or ["*"], user=user_id, org=org, lifetime_s=ttl_s), soft_wrap=True)
+
+
+def _look_up(email: str, target: str, signer: TokenSigner) -> str:
+    from clawplane.user.v1 import user_service_pb2, user_service_pb2_grpc
+
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        stub = user_service_pb2_grpc.UserServiceStub(channel)
+        metadata = (("authorization", f"Bearer {signer.sign(['users.lookup'], lifetime_s=60)}"),)
+        try:
+            found = stub.LookupUser(user_service_pb2.LookupUserRequest(email=email), metadata=metadata, timeout=5)
+        except grpc.RpcError as error:
+            err.print(f"[red]{email}: {error.details()}[/]")
+            raise typer.Exit(1) from None
+    return str(found.id)
+
+
+@app.command()
+def demo(data_dir: DataDir = None) -> None:
+    """Run the whole loop against the running stack (or one of its own): order, pay, live, chat, usage, close."""
+    from services.demo import run_demo
+
+    raise typer.Exit(asyncio.run(run_demo(data_dir or Path(".clawplane"), out)))
+
+
+def _run(work: Any) -> None:
+    settings = KitSettings()
+    telemetry.configure_logs(settings.log_level)
+    try:
+        uvloop.run(work)
+    except (embedded.StartError, SecretError) as error:
+        err.print(f"[red]{error}[/]")
+        raise typer.Exit(1) from None
+
+
+def main() -> None:
+    """Entry point: what is set wrongly is said in one line a setting, without its value."""
+    try:
+        app()
+    except ValidationError as error:
+        for problem in error.errors(include_input=False, include_url=False):
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            err.print(f"[red]{'CLAWPLANE_' + name + ': ' if name else ''}{problem['msg'].removeprefix('Value error, ')}[/]")
+        raise SystemExit(2) from None
+    except ValueError as error:
+        err.print(f"[red]{error}[/]")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The deployment service: what it serves and what runs beside."""
+
+import importlib
+from typing import Any
+
+from clawplane.deployment.v1 import (
+    blacklist_service_pb2_grpc,
+    deployment_service_pb2_grpc,
+    payment_service_pb2_grpc,
+    sandbox_service_pb2_grpc,
+    usage_service_pb2_grpc,
+)
+from services.deployment_svc.base import AuditEvent, SecretCanary
+from services.deployment_svc.blacklist.service import BlacklistService
+from services.deployment_svc.claw_keys import repository as claw_keys
+from services.deployment_svc.deployments.create import Creator
+from services.deployment_svc.deployments.reconcile import Reconciler
+from services.deployment_svc.deployments.service import DeploymentService
+from services.deployment_svc.deployments.steps import Steps
+from services.deployment_svc.payments.checkout import Checkout
+from services.deployment_svc.payments.links import Links
+from services.deployment_svc.payments.reconcile import PaymentChecker
+from services.deployment_svc.payments.service import PaymentService
+from services.deployment_svc.payments.stripe import StripeCheckout
+from services.deployment_svc.providers.driver import Driver
+from services.deployment_svc.providers.local import LocalDriver
+from services.deployment_svc.sandbox.checkout import SandboxCheckout
+from services.deployment_svc.sandbox.service import SandboxService
+from services.deployment_svc.settings import DeploymentSettings
+from services.deployment_svc.usage.prices import PriceBook
+from services.deployment_svc.usage.service import UsageService
+from services.deployment_svc.users import PERMISSIONS, Users
+from services.kit import clients, partitions, vault
+from services.kit.auth import Authenticator, TokenSigner, cached_access
+from services.kit.db import Database
+from services.kit.loops import Loop
+from services.kit.rpc import Kit
+from services.kit.server import App
+
+PARTITIONED = ("usage_events", "audit_events")
+
+
+def create_app(settings: DeploymentSettings) -> App:
+    """The table of contents of the deployment service."""
+    db = Database(settings.database_url, settings, "deployment_svc")
+    box = vault.open_box(settings)
+    to_users = clients.channel(settings.user_target)
+    users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
+    links = Links(db, settings, _checkouts(db, settings))
+    driver = _driver(settings)
+    checker = PaymentChecker(links)
+    reconciler = Reconciler(Steps(db, settings, box, driver), lambda: provisioning.wake())
+
+    async def make_partitions() -> bool:
+        await partitions.ensure(db, PARTITIONED)
+        return False
+
+    provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
+    kit = Kit(
+        "deployment_svc", settings, db,
+        Authenticator(settings, cached_access(users.access), {claw_keys.PREFIX: claw_keys.resolver(db, box)}), AuditEvent,
+    )  # fmt: skip
+    add_sandbox = [(sandbox_service_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxService())]
+    return App(
+        kit=kit,
+        services=[
+            (
+                deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server,
+                DeploymentService(Creator(settings, box, links, users), links, provisioning.wake),
+            ),
+            (payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, PaymentService(settings, provisioning.wake)),
+            (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
+            (
+                usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
+                UsageService(settings, PriceBook.load(settings.prices_file)),
+            ),
+            *(add_sandbox if settings.sandbox_enabled else []),
+        ],
+        loops=[
+            provisioning,
+            Loop("payment-checks", checker.tick, settings.poll_s),
+            Loop("partitions", make_partitions, 6 * 3600),
+        ],
+        starters=[lambda: vault.check_keys(db, box, SecretCanary)],
+        closers=[reconciler.drain, driver.shutdown, to_users.close],
+    )
+
+
+def _checkouts(db: Database, settings: DeploymentSettings) -> dict[str, Checkout]:
+    """The payment providers that this process can talk to; rows keep the one that they were made with."""
+    checkouts: dict[str, Checkout] = {}
+    if settings.sandbox_enabled:
+        checkouts["sandbox"] = SandboxCheckout(db, settings)
+    if settings.stripe_api_key.get_secret_value() or settings.payment_provider == "stripe":
+        checkouts["stripe"] = StripeCheckout(settings)
+    return checkouts
+
+
+def _driver(settings: DeploymentSettings) -> Driver:
+    if settings.driver == "local":
+        return LocalDriver(settings.data_dir / "local", settings.usage_url or settings.public_url, dict(settings.local_providers))
+    module, _, name = settings.driver.partition(":")
+    factory: Any = getattr(importlib.import_module(module), name or "create", None)
+    if factory is None:
+        raise ValueError('CLAWPLANE_DRIVER must be "local" or "package.module:factory"')
+    driver: Driver = factory(**settings.driver_options)
+    return driver

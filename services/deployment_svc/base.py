@@ -1,0 +1,34 @@
+"""The tables of the deployment service have one base, and no foreign key leads out of it."""
+
+from sqlalchemy import MetaData
+from sqlalchemy.orm import DeclarativeBase
+
+from services.kit.audit import AuditRow
+from services.kit.columns import NAMING
+from services.kit.inbox import WebhookEventRow
+from services.kit.vault import CanaryRow
+
+
+class Base(DeclarativeBase):
+    """Declarative base of deployment_svc."""
+
+    metadata = MetaData(naming_convention=NAMING)
+
+
+class AuditEvent(AuditRow, Base):
+    """Who did what to deployments and what belongs to them."""
+
+    __tablename__ = "audit_events"
+    __table_args__ = {"postgresql_partition_by": "RANGE (created_at)"}
+
+
+class WebhookEvent(WebhookEventRow, Base):
+    """Events of payment providers."""
+
+    __tablename__ = "webhook_events"
+
+
+class SecretCanary(CanaryRow, Base):
+    """Tells a wrong encryption key at start."""
+
+    __tablename__ = "secret_canaries"

@@ -1,0 +1,20 @@
+"""Table of the providers that get no deployments."""
+
+from datetime import datetime
+
+from sqlalchemy import Index, String
+from sqlalchemy.orm import Mapped, mapped_column
+
+from services.deployment_svc.base import Base
+from services.kit.columns import Timestamps, UtcDateTime
+
+
+class BlacklistEntry(Timestamps, Base):
+    """Excludes a provider until ``expires_at``; unset means for good."""
+
+    __tablename__ = "provider_blacklist"
+    __table_args__ = (Index("ix_provider_blacklist__created_at", "created_at"),)
+
+    provider_address: Mapped[str] = mapped_column(String(128), primary_key=True)
+    reason: Mapped[str] = mapped_column(String(500), default="Provider blacklisted")
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -1,0 +1,47 @@
+"""Minting, checking and revoking the keys of bots."""
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.deployment_svc.claw_keys.models import ClawKey
+from services.deployment_svc.deployments.models import Deployment
+from services.kit import keys
+from services.kit.auth import Caller, KeyResolver
+from services.kit.columns import now
+from services.kit.db import ALL, Database
+from services.kit.secrets import SecretBox
+
+PREFIX, ID_PREFIX = "claw", "ckey"
+PERMISSIONS = frozenset({"usage.record"})
+"""All that a bot may do."""
+
+
+def mint(session: AsyncSession, d: Deployment, box: SecretBox, environment: str) -> keys.Key:
+    """A new key for the next start of a deployment. The text exists only in the returned object."""
+    key = keys.mint(PREFIX, environment, ID_PREFIX)
+    session.add(ClawKey(id=key.id, org_id=d.org_id, deployment_id=d.id, user_id=d.user_id, digest=key.digest(box)))
+    return key
+
+
+async def revoke(session: AsyncSession, deployment_id: str, *, but: str = "") -> None:
+    """Revokes every key of a deployment but one."""
+    statement = update(ClawKey).where(ClawKey.deployment_id == deployment_id, ClawKey.revoked_at.is_(None))
+    if but:
+        statement = statement.where(ClawKey.id != but)
+    await session.execute(statement.values(revoked_at=now()))
+
+
+def resolver(db: Database, box: SecretBox) -> KeyResolver:
+    """Key text -> the bot as a caller. Organization, user and deployment are the key's, whatever the bot says."""
+
+    async def resolve(text: str) -> Caller | None:
+        key = keys.parse(text, PREFIX, ID_PREFIX)
+        if key is None:
+            return None
+        async with db.read(ALL) as session:
+            row = await session.scalar(select(ClawKey).where(ClawKey.id == key.id))
+        if row is None or row.revoked_at is not None or not key.matches(box, row.digest):
+            return None
+        return Caller("claw", row.id, PERMISSIONS, row.org_id, row.user_id, deployment_id=row.deployment_id, key_id=row.id)
+
+    return resolve

@@ -1,0 +1,61 @@
+"""Queries on deployments, and the one way to move one from state to state."""
+
+from datetime import datetime
+
+import structlog
+from sqlalchemy import func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from clawplane.deployment.v1.deployment_pb2 import State
+from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
+from services.deployment_svc.deployments.state import COUNTED, PENDING, TRANSITIONS
+from services.kit.columns import now
+from services.kit.errors import InvalidState
+
+log = structlog.get_logger()
+
+
+async def locked(session: AsyncSession, deployment_id: str) -> Deployment | None:
+    """The row, locked until the transaction ends, as it is now."""
+    return await session.get(Deployment, deployment_id, with_for_update=True, populate_existing=True)
+
+
+async def lock_organization(session: AsyncSession, org_id: str) -> None:
+    """Lets one transaction at a time count and add an organization's deployments. On SQLite every writer is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 7))"), {"key": org_id})
+
+
+async def pending_wish(session: AsyncSession, fingerprint: bytes) -> Deployment | None:
+    """The organization's open wish with this fingerprint."""
+    return await session.scalar(select(Deployment).where(Deployment.fingerprint == fingerprint, Deployment.state == PENDING))
+
+
+async def count_live(session: AsyncSession) -> int:
+    """How many of the organization's deployments count against its limit."""
+    return await session.scalar(select(func.count()).select_from(Deployment).where(Deployment.state.in_(COUNTED))) or 0
+
+
+def state_name(state: int) -> str:
+    """The short name of a state: "PENDING"."""
+    return State.Name(state).removeprefix("STATE_")  # type: ignore[arg-type]
+
+
+def note(session: AsyncSession, d: Deployment, kind: str, message: str) -> None:
+    """Writes down that something happened. The message is shown to the owner and must hold no secret."""
+    log.info("deployment", deployment_id=d.id, org=d.org_id, kind=kind, state=state_name(d.state), message=message)
+    session.add(DeploymentEvent(org_id=d.org_id, deployment_id=d.id, kind=kind, state=d.state, message=message[:2000]))
+
+
+def move(session: AsyncSession, d: Deployment, to: int, message: str, *, due_at: datetime | None = None) -> None:
+    """Moves a deployment along the table of transitions and writes the event; InvalidState for any other way.
+
+    The reconcile loop looks at it at once, unless ``due_at`` says later.
+    """
+    if to not in TRANSITIONS[d.state]:
+        raise InvalidState(f"a deployment that is {state_name(d.state)} cannot become {state_name(to)}", state=state_name(d.state))
+    d.state = to
+    d.due_at = due_at or now()
+    if to not in (PENDING,):
+        d.payment_url, d.payment_expires_at = "", None
+    note(session, d, f"state.{state_name(to).lower()}", message)

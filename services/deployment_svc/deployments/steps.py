@@ -1,0 +1,247 @@
+"""The steps of provisioning. Each asks the market one thing outside any transaction and writes the answer down."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.deployment_svc.blacklist.repository import excluded
+from services.deployment_svc.claw_keys import repository as claw_keys
+from services.deployment_svc.deployments import repository, secrets, state
+from services.deployment_svc.deployments.models import CHANNEL, Deployment
+from services.deployment_svc.deployments.state import Step
+from services.deployment_svc.providers.driver import Driver, Observation, Offer, Order, ProviderError, Secrets, Spec
+from services.deployment_svc.settings import DeploymentSettings
+from services.kit.columns import now
+from services.kit.db import ALL, Database
+from services.kit.secrets import SecretBox
+
+T = TypeVar("T")
+Next = tuple[Deployment, float]
+"""The row as it is now, and how long to wait before its next step, in seconds."""
+
+
+class Lost(Exception):
+    """Another process holds the deployment now; this one must not write."""
+
+
+class Steps:
+    """Takes one step at a time for deployments that the caller has claimed."""
+
+    def __init__(self, db: Database, settings: DeploymentSettings, box: SecretBox, driver: Driver) -> None:
+        self.db, self.settings, self.box, self.driver = db, settings, box, driver
+
+    async def take(self, step: Step, d: Deployment, token: str) -> Next:
+        """Takes the given step. ProviderError says that the market did not do its part."""
+        steps: dict[Step, Callable[[Deployment, str], Awaitable[Next]]] = {
+            Step.INTEND: self._intend, Step.CREATE: self._create, Step.CHOOSE: self._choose, Step.LEASE: self._lease,
+            Step.READY: self._ready, Step.WATCH: self._watch, Step.UNDO: self._undo, Step.CLOSE: self._close,
+        }  # fmt: skip
+        return await steps[step](d, token)
+
+    async def _intend(self, d: Deployment, token: str) -> Next:
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            row.order_intended = True
+            row.attempts += 1
+            row.attempting_since = row.attempting_since or now()
+            repository.note(session, row, "attempt.started", f"attempt {row.attempts} on {self.driver.name}")
+
+        return await self._write(d, token, write), 0
+
+    async def _create(self, d: Deployment, token: str) -> Next:
+        # Creating is not idempotent: what an earlier, lost call made carries our name and is closed first.
+        for orphan in await self._ask(self.driver.find(self._spec(d).name)):
+            await self._ask(self.driver.close(orphan.id))
+        order = await self._ask(self.driver.create(self._spec(d)))
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            row.akash_deployment_id, row.offers_since = order.id, now()
+            row.manifest_sealed = secrets.seal(self.box, row.id, "manifest", order.manifest)
+            repository.note(session, row, "order.created", f"order {order.id}")
+
+        return await self._write(d, token, write), 0
+
+    async def _choose(self, d: Deployment, token: str) -> Next:
+        offers = await self._ask(self.driver.offers(self._order(d)))
+        waited = now() - (d.offers_since or now())
+        async with self.db.read(ALL) as session:
+            barred = await excluded(session, {offer.provider for offer in offers})
+        usable = [offer for offer in offers if offer.provider not in barred]
+        if not usable and waited > timedelta(seconds=self.settings.bid_timeout_s):
+            why = f"all {len(offers)} bidders are blacklisted" if offers else "no provider made an offer"
+            raise ProviderError(why, "provider")
+        if not usable or waited < timedelta(seconds=self.settings.bid_window_s):
+            return d, min(1.0, max(0.05, self.settings.bid_window_s / 5))
+        chosen = choose(usable, d.tried_providers)
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            row.provider, row.offer_reference = chosen.provider, chosen.reference
+            left_out = f"; blacklisted: {', '.join(sorted(barred))}" if barred else ""
+            repository.note(
+                session, row, "provider.chosen", f"{chosen.provider} at {chosen.price} an hour, of {len(usable)} offers{left_out}"
+            )
+
+        return await self._write(d, token, write), 0
+
+    async def _lease(self, d: Deployment, token: str) -> Next:
+        seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
+        if seen.phase in ("starting", "ready") and d.claw_key_id:
+            # A call whose answer was lost has started it: it is adopted, with the key that it was given.
+            return await self._leased(d, token, seen.lease_id, "adopted")
+
+        async def mint(session: AsyncSession, row: Deployment) -> str:
+            key = claw_keys.mint(session, row, self.box, self.settings.key_environment)
+            # A flush of its own: the key's row comes before whatever points at it.
+            await session.flush()
+            row.claw_key_id = key.id
+            return key.text
+
+        d, claw_key = await self._write_and_get(d, token, mint)
+        handed = Secrets(
+            claw_key,
+            secrets.open_column(self.box, d, "channel_token"),
+            secrets.open_column(self.box, d, "channel_api_key"),
+        )
+        offer = Offer(d.provider, price=0, reference=d.offer_reference)  # type: ignore[arg-type]
+        lease = await self._ask(self.driver.lease(self._order(d), offer, self._spec(d), handed, d.claw_key_id or ""))
+        return await self._leased(d, token, lease.id, "started")
+
+    async def _leased(self, d: Deployment, token: str, lease_id: str, how: str) -> Next:
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            row.akash_lease_id, row.leased_at = lease_id, now()
+            repository.note(session, row, "lease.created", f"{how} at {row.provider}, lease {lease_id}")
+
+        return await self._write(d, token, write), 0.05
+
+    async def _ready(self, d: Deployment, token: str) -> Next:
+        seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
+        if seen.phase in ("absent", "lost", "ordered"):
+            raise ProviderError(f"the bot did not come up at {d.provider}: {seen.reason or seen.phase}", "provider")
+        if seen.phase != "ready":
+            if now() - (d.leased_at or now()) > timedelta(seconds=self.settings.ready_timeout_s):
+                raise ProviderError(f"the bot at {d.provider} did not answer in time", "provider")
+            return d, min(0.2, self.settings.poll_s)
+        return await self._write(d, token, lambda session, row: self._activate(session, row, seen)), self.settings.watch_s
+
+    async def _activate(self, session: AsyncSession, row: Deployment, seen: Observation) -> None:
+        if row.state != state.DEPLOYING:
+            return
+        row.observed_generation = row.generation
+        row.provider_url, row.error_message = seen.url, ""
+        row.attempts, row.attempting_since, row.tried_providers = 0, None, []
+        row.activated_at = row.activated_at or now()
+        row.manifest_sealed = None
+        # Only now, and never the key of the start that really runs: an older one may belong to a bot that still reports.
+        await claw_keys.revoke(session, row.id, but=seen.start_id or row.claw_key_id or "")
+        repository.move(session, row, state.ACTIVE, f"the bot answers at {row.provider}")
+
+    async def _watch(self, d: Deployment, token: str) -> Next:
+        seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
+        if seen.phase not in ("absent", "lost"):
+            return d, self.settings.watch_s
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            if row.state != state.ACTIVE:
+                return
+            row.undoing, row.provider_url = True, ""
+            row.error_message = f"the bot at {row.provider} is gone: {seen.reason or seen.phase}; it is started again"
+            repository.move(session, row, state.DEPLOYING, row.error_message)
+
+        return await self._write(d, token, write), 0
+
+    async def _undo(self, d: Deployment, token: str) -> Next:
+        if d.akash_deployment_id:
+            await self._ask(self.driver.close(d.akash_deployment_id))
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            state.forget_order(row)
+
+        d = await self._write(d, token, write)
+        wait = (d.due_at - now()).total_seconds() if d.due_at and d.state == state.DEPLOYING else 0
+        return d, max(0.0, wait)
+
+    async def _close(self, d: Deployment, token: str) -> Next:
+        if d.akash_deployment_id:
+            await self._ask(self.driver.close(d.akash_deployment_id))
+        for orphan in await self._ask(self.driver.find(self._spec(d).name)):
+            await self._ask(self.driver.close(orphan.id))
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            state.forget_order(row)
+            row.error_message = ""
+            await claw_keys.revoke(session, row.id)
+            repository.move(session, row, state.CLOSED, "taken down")
+
+        return await self._write(d, token, write), 0
+
+    async def failed(self, step: Step, d: Deployment, token: str, error: Exception) -> Next:
+        """What follows when a step failed: wait and repeat it, or undo the attempt and make another, or give up."""
+        blame = error.blame if isinstance(error, ProviderError) else "market"
+        text = str(error) or "the market did not answer in time"
+        if blame == "market" or step in (Step.WATCH, Step.UNDO, Step.CLOSE):
+            pause = getattr(error, "retry_after_s", 0) or min(self.settings.backoff_s, 5)
+            return await self._write(d, token, lambda session, row: self._remember(row, text)), pause
+        untried = await self._untried(d) if blame == "provider" else False
+        pause = 0.0
+
+        async def write(session: AsyncSession, row: Deployment) -> None:
+            nonlocal pause
+            if row.state != state.DEPLOYING:
+                return
+            if row.provider and row.provider not in row.tried_providers:
+                row.tried_providers = [*row.tried_providers, row.provider]
+            verdict = state.after_failure(row, untried, now(), self.settings)
+            row.undoing, row.error_message = True, f"attempt {row.attempts} failed: {text}"
+            repository.note(session, row, "attempt.failed", row.error_message)
+            row.due_at = verdict.retry_at
+            if verdict.give_up:
+                repository.move(session, row, state.FAILED, row.error_message)
+
+        return await self._write(d, token, write), pause
+
+    async def _untried(self, d: Deployment) -> bool:
+        """Whether a bidder is left that this deployment has not tried and that is not blacklisted."""
+        try:
+            offers = await self._ask(self.driver.offers(self._order(d))) if d.akash_deployment_id else []
+        except (ProviderError, TimeoutError):
+            return False
+        left = {offer.provider for offer in offers} - {*d.tried_providers, d.provider}
+        async with self.db.read(ALL) as session:
+            return bool(left - await excluded(session, left)) if left else False
+
+    async def _remember(self, row: Deployment, text: str) -> None:
+        row.error_message = f"waiting: {text}"
+
+    async def _ask(self, request: Awaitable[T]) -> T:
+        return await asyncio.wait_for(request, self.settings.step_timeout_s)
+
+    async def _write(self, d: Deployment, token: str, change: Callable[[AsyncSession, Deployment], Awaitable[None]]) -> Deployment:
+        row, _ = await self._write_and_get(d, token, change)
+        return row
+
+    async def _write_and_get(
+        self, d: Deployment, token: str, change: Callable[[AsyncSession, Deployment], Awaitable[T]]
+    ) -> tuple[Deployment, T]:
+        """Writes to the row if this process still holds it, and returns it as it is then."""
+
+        async def work(session: AsyncSession) -> tuple[Deployment, T]:
+            row = await repository.locked(session, d.id)
+            if row is None or row.lease_token != token:
+                raise Lost
+            return row, await change(session, row)
+
+        return await self.db.run(work, ALL)
+
+    def _spec(self, d: Deployment) -> Spec:
+        return Spec(f"clawplane-{d.id}", d.id, d.org_id, d.model, CHANNEL.words[d.channel])
+
+    def _order(self, d: Deployment) -> Order:
+        return Order(d.akash_deployment_id or "", f"clawplane-{d.id}", secrets.open_column(self.box, d, "manifest"))
+
+
+def choose(offers: Sequence[Offer], tried: Sequence[str]) -> Offer:
+    """The cheapest offer of those not tried yet, or of all when all were tried; of equal ones the steadier, then by name."""
+    fresh = [offer for offer in offers if offer.provider not in tried] or offers
+    return min(fresh, key=lambda offer: (offer.price, -(offer.uptime or 0), offer.provider))

@@ -1,0 +1,89 @@
+"""Settings of the deployment service."""
+
+from decimal import Decimal
+from typing import Literal
+
+from pydantic import Field, SecretStr, model_validator
+
+from services.kit.settings import KitSettings
+
+
+class DeploymentSettings(KitSettings):
+    """Read from the environment as ``CLAWPLANE_<NAME>``."""
+
+    deployment_database_url: str = Field("", description="database; empty: a SQLite file in the data directory")
+    user_target: str = Field("127.0.0.1:50051", description="host:port of the user service")
+    public_url: str = Field("http://127.0.0.1:8080", description="where people reach the gateway")
+    bind_host: str = Field("127.0.0.1", description="address that this process listens on")
+    models: list[str] = Field(
+        ["claude-opus-4.5", "gpt-3.2", "gemini-3-flash", "minimax-m2.5"], description="models that a bot may be ordered with"
+    )
+
+    # Payment.
+    payment_provider: Literal["sandbox", "stripe"] = Field("sandbox", description="where new payment pages are made")
+    sandbox_enabled: bool = Field(True, description="whether the sandbox's checkout is served")
+    sandbox_allow_remote: bool = Field(False, description="serve the sandbox on an address that is not loopback")
+    stripe_api_key: SecretStr = Field(SecretStr(""), description="secret key, sk_test_... or sk_live_...")
+    stripe_api_base: str = Field("https://api.stripe.com", description="base URL of Stripe's API")
+    polar_access_token: SecretStr = Field(SecretStr(""), description="Polar's access token; live when polar_sandbox is false")
+    polar_sandbox: bool = Field(True, description="whether the Polar token is of Polar's sandbox")
+    checkout_timeout_s: float = Field(10, gt=0, description="longest wait for one answer of a payment provider")
+    checkout_ttl_s: int = Field(24 * 3600, ge=1800, le=24 * 3600, description="how long a payment page stays open")
+    checkout_min_left_s: int = Field(120, ge=0, description="a page with less time left is replaced")
+    payment_check_s: float = Field(300, gt=0, description="the provider is asked about pages older than this, and this often")
+    refund_check_s: float = Field(
+        24 * 3600, gt=0, description="the provider is asked this often about the payments of live deployments"
+    )
+
+    # Provisioning.
+    driver: str = Field("local", description='"local", or "package.module:factory" of a driver of your own')
+    driver_options: dict[str, str] = Field(default_factory=dict, description="keyword arguments of such a factory")
+    local_providers: dict[str, Decimal] = Field(
+        {"local-a": Decimal("0.010"), "local-b": Decimal("0.012"), "local-c": Decimal("0.015")},
+        description="the local driver's providers and their prices an hour",
+    )
+    usage_url: str = Field("", description="where bots report usage; empty: public_url")
+    poll_s: float = Field(1, gt=0, description="how often due work is looked for")
+    lease_s: float = Field(15, gt=0, description="work of a dead process is taken over after this")
+    concurrency: int = Field(16, ge=1, description="deployments that one process works on at once")
+    bid_window_s: float = Field(0, ge=0, description="offers are collected this long before one is chosen")
+    bid_timeout_s: float = Field(60, gt=0, description="an order without a usable offer is given up after this")
+    ready_timeout_s: float = Field(120, gt=0, description="a bot that does not answer is given up after this")
+    watch_s: float = Field(5, gt=0, description="how often a running bot is looked at")
+    step_timeout_s: float = Field(30, gt=0, description="longest wait for one answer of the market")
+    backoff_s: float = Field(2, gt=0, description="pause after a failed attempt; doubles up to backoff_max_s")
+    backoff_max_s: float = Field(120, gt=0)
+    fail_after_attempts: int = Field(3, ge=1, description="attempts before a deployment may fail")
+    fail_after_s: float = Field(15 * 60, ge=0, description="time over which attempts are made before a deployment may fail")
+
+    # Usage.
+    usage_late_days: int = Field(35, ge=1, description="how late an event may be reported")
+    usage_ahead_s: int = Field(300, ge=0, description="how far ahead of time an event may be")
+    prices_file: str = Field("", description="YAML or JSON price file; empty: the bundled one")
+
+    @property
+    def database_url(self) -> str:
+        """The database of this service."""
+        return self.deployment_database_url or f"sqlite+aiosqlite:///{self.data_dir / 'deployment_svc.db'}"
+
+    @property
+    def key_environment(self) -> str:
+        """The environment written into keys."""
+        return "live" if self.environment == "production" else "test"
+
+    @model_validator(mode="after")
+    def _sandbox_is_safe(self) -> "DeploymentSettings":
+        if not self.sandbox_enabled:
+            if self.payment_provider == "sandbox":
+                raise ValueError("CLAWPLANE_PAYMENT_PROVIDER is sandbox, which CLAWPLANE_SANDBOX_ENABLED turns off")
+            return self
+        if "_live_" in self.stripe_api_key.get_secret_value():
+            raise ValueError("the sandbox must not be enabled beside a live Stripe key: set CLAWPLANE_SANDBOX_ENABLED=false")
+        if self.polar_access_token.get_secret_value() and not self.polar_sandbox:
+            raise ValueError("the sandbox must not be enabled beside a live Polar token: set CLAWPLANE_SANDBOX_ENABLED=false")
+        if self.bind_host not in {"127.0.0.1", "::1", "localhost"} and not self.sandbox_allow_remote:
+            raise ValueError(
+                "the sandbox lets anyone who reaches it pay without money: bind to loopback, "
+                "or set CLAWPLANE_SANDBOX_ALLOW_REMOTE=true if that is what you want"
+            )
+        return self

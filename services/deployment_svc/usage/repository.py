@@ -1,0 +1,63 @@
+"""Writes and sums of the usage ledger."""
+
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.deployment_svc.deployments.models import Deployment
+from services.deployment_svc.usage.models import UsageEvent, UsageRollup
+from services.deployment_svc.usage.rules import rolled_up
+from services.kit.db import insert_for
+
+_CHUNK = 500
+"""Rows a statement: both drivers take at most 32,767 parameters."""
+_SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
+
+
+async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, date]]:
+    """Stores those events that are new, with their roll-ups, and returns their (id, month)."""
+    insert = insert_for(session)
+    ordered = sorted(rows, key=lambda row: (row["org_id"], row["id"], row["month"]))
+    stored: set[tuple[str, date]] = set()
+    for start in range(0, len(ordered), _CHUNK):
+        statement = insert(UsageEvent).values(ordered[start : start + _CHUNK]).on_conflict_do_nothing()
+        result = await session.execute(statement.returning(UsageEvent.id, UsageEvent.month))
+        stored.update((row.id, row.month) for row in result)
+    for rollup in rolled_up(row for row in ordered if (row["id"], row["month"]) in stored):
+        upsert = insert(UsageRollup).values(rollup)
+        added = {name: getattr(UsageRollup, name) + getattr(upsert.excluded, name) for name in _SUMS}
+        await session.execute(
+            upsert.on_conflict_do_update(index_elements=list(UsageRollup.__table__.primary_key.columns), set_=added)
+        )
+    return stored
+
+
+async def find(session: AsyncSession, event_id: str, month: date) -> UsageEvent | None:
+    """One event of the session's organization."""
+    return await session.scalar(select(UsageEvent).where(UsageEvent.id == event_id, UsageEvent.month == month))
+
+
+async def own_deployments(session: AsyncSession, wanted: set[str]) -> set[str]:
+    """Those of the deployments that belong to the session's organization."""
+    if not wanted:
+        return set()
+    return set((await session.scalars(select(Deployment.id).where(Deployment.id.in_(wanted)))).all())
+
+
+async def summarize(
+    session: AsyncSession, first: date, last: date, group_by: Sequence[str], deployment_id: str
+) -> list[dict[str, Any]]:
+    """Sums of the roll-ups between two days, both included, one for each group."""
+    groups = [getattr(UsageRollup, name) for name in group_by]
+    statement = (
+        select(*groups, UsageRollup.currency, *(func.sum(getattr(UsageRollup, name)).label(name) for name in _SUMS))
+        .where(UsageRollup.day >= first, UsageRollup.day <= last)
+        .group_by(*groups, UsageRollup.currency)
+        .order_by(*groups, UsageRollup.currency)
+    )
+    if deployment_id:
+        statement = statement.where(UsageRollup.deployment_id == deployment_id)
+    return [dict(row._mapping) for row in await session.execute(statement)]

@@ -1,0 +1,141 @@
+"""UsageService: the ledger of model usage."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+import protovalidate
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2, usage_service_pb2_grpc
+from clawplane.deployment.v1.usage_service_pb2 import UsageGroup
+from services.deployment_svc.settings import DeploymentSettings
+from services.deployment_svc.usage import repository
+from services.deployment_svc.usage.models import NO_DEPLOYMENT
+from services.deployment_svc.usage.prices import PriceBook
+from services.deployment_svc.usage.rules import occurred, to_row
+from services.kit.columns import now
+from services.kit.errors import Error, InvalidArgument, InvalidFields
+from services.kit.proto import to_datetime, to_proto
+from services.kit.rpc import Call, violation
+
+_GROUPS = {
+    UsageGroup.USAGE_GROUP_DAY: "day",
+    UsageGroup.USAGE_GROUP_PROVIDER: "provider",
+    UsageGroup.USAGE_GROUP_MODEL: "model",
+    UsageGroup.USAGE_GROUP_DEPLOYMENT: "deployment_id",
+}
+_MAX_DAYS = 400
+Row = dict[str, Any]
+
+
+class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
+    """See proto/clawplane/deployment/v1/usage_service.proto."""
+
+    def __init__(self, settings: DeploymentSettings, prices: PriceBook) -> None:
+        self.prices = prices
+        self.late = timedelta(days=settings.usage_late_days)
+        self.ahead = timedelta(seconds=settings.usage_ahead_s)
+
+    async def RecordUsage(self, request: usage_service_pb2.RecordUsageRequest, call: Call) -> usage_service_pb2.RecordUsageResponse:
+        async with call.read() as session:
+            own = await repository.own_deployments(session, _named([request.event], call))
+        try:
+            row = self._row(request.event, call, own)
+        except InvalidFields as error:
+            raise InvalidFields([(f"event.{field}", text) for field, text in error.violations]) from None
+
+        async def work(session: AsyncSession) -> usage_service_pb2.RecordUsageResponse:
+            stored = await repository.store(session, [row])
+            event = await repository.find(session, row["id"], row["month"])
+            assert event is not None
+            message = to_proto(event, usage_event_pb2.UsageEvent)
+            message.ClearField("metadata")
+            message.metadata.update(event.labels)
+            return usage_service_pb2.RecordUsageResponse(event=message, duplicate=not stored)
+
+        response: usage_service_pb2.RecordUsageResponse = await call.run(work)
+        return response
+
+    async def BatchRecordUsage(
+        self, request: usage_service_pb2.BatchRecordUsageRequest, call: Call
+    ) -> usage_service_pb2.BatchRecordUsageResponse:
+        response = usage_service_pb2.BatchRecordUsageResponse()
+        async with call.read() as session:
+            own = await repository.own_deployments(session, _named(request.events, call))
+        rows: dict[tuple[str, Any], Row] = {}
+        for index, event in enumerate(request.events):
+            try:
+                found = protovalidate.collect_violations(event)
+                if found:
+                    raise InvalidFields([violation(item) for item in found])
+                row = self._row(event, call, own)
+            except Error as error:
+                field, text = error.violations[0] if error.violations else ("", error.message)
+                response.errors.add(index=index, id=event.id, field=field, message=text)
+                continue
+            if rows.setdefault((row["id"], row["month"]), row) is not row:
+                response.duplicates += 1
+        if rows:
+            stored = await call.run(lambda session: repository.store(session, list(rows.values())))
+            response.accepted = len(stored)
+            response.duplicates += len(rows) - len(stored)
+        response.rejected = len(response.errors)
+        return response
+
+    def _row(self, event: usage_event_pb2.UsageEvent, call: Call, own: set[str]) -> Row:
+        at = now()
+        try:
+            when = occurred(event, at, self.late, self.ahead)
+            row = to_row(event, call.caller, call.org_id, when, at, self.prices)
+            if not call.caller.deployment_id and event.deployment_id and event.deployment_id not in own:
+                raise InvalidArgument("deployment_id", "is none of the organization's deployments")
+        except InvalidArgument as error:
+            raise InvalidFields(error.violations) from None
+        return row
+
+    async def SummarizeUsage(
+        self, request: usage_service_pb2.SummarizeUsageRequest, call: Call
+    ) -> usage_service_pb2.SummarizeUsageResponse:
+        _ = call.org_id
+        last = (to_datetime(request.end) if request.HasField("end") else now()).date()
+        first = to_datetime(request.start).date() if request.HasField("start") else last - timedelta(days=30)
+        if not first <= last:
+            raise InvalidArgument("start", "is after end")
+        if (last - first).days > _MAX_DAYS:
+            raise InvalidArgument("end", f"is more than {_MAX_DAYS} days after start")
+        groups = [_GROUPS[group] for group in request.group_by] or ["day"]
+        async with call.read() as session:
+            rows = await repository.summarize(session, first, last, groups, request.deployment_id)
+        response = usage_service_pb2.SummarizeUsageResponse(sums=[_sum(row) for row in rows])
+        response.total.CopyFrom(_sum(_total(rows, self.prices.currency)))
+        return response
+
+
+def _named(events: Sequence[usage_event_pb2.UsageEvent], call: Call) -> set[str]:
+    """The deployments that a caller names; a bot's own needs no look-up."""
+    if call.caller.deployment_id:
+        return set()
+    wellformed = {event.deployment_id for event in events if len(event.deployment_id) == len(NO_DEPLOYMENT)}
+    return {text for text in wellformed if text.startswith("dep_") and all(c in "0123456789abcdef" for c in text[4:])}
+
+
+def _sum(row: Row) -> usage_service_pb2.UsageSum:
+    deployment_id = row.get("deployment_id", "")
+    return usage_service_pb2.UsageSum(
+        day=row["day"].isoformat() if "day" in row else "",
+        provider=row.get("provider", ""), model=row.get("model", ""),
+        deployment_id="" if deployment_id == NO_DEPLOYMENT else deployment_id,
+        events=int(row["events"]), tokens_in=int(row["tokens_in"]), tokens_out=int(row["tokens_out"]),
+        tokens_total=int(row["tokens_total"]), cost=format(row["cost"], "f"), currency=row["currency"],
+        unpriced_events=int(row["unpriced_events"]),
+    )  # fmt: skip
+
+
+def _total(rows: Sequence[Row], currency: str) -> Row:
+    total: Row = {
+        name: sum(int(row[name]) for row in rows)
+        for name in ("events", "tokens_in", "tokens_out", "tokens_total", "unpriced_events")
+    }
+    return total | {"cost": sum((row["cost"] for row in rows), Decimal(0)), "currency": currency}

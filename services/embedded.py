@@ -1,0 +1,187 @@
+"""Runs services in this process: any of user, deployment and gateway, with the keys of the embedded default where none are given."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+import uvicorn
+
+from gateway.app import create_app as create_gateway
+from gateway.settings import GatewaySettings
+from services.deployment_svc.app import create_app as create_deployment
+from services.deployment_svc.providers.local import LocalDriver
+from services.deployment_svc.settings import DeploymentSettings
+from services.kit import clients, devkeys
+from services.kit.auth import TokenSigner
+from services.kit.db import Database
+from services.kit.migrate import migrate
+from services.kit.server import App, Server
+from services.kit.settings import KitSettings
+from services.user_svc.app import create_app as create_user
+from services.user_svc.settings import UserSettings
+
+log = structlog.get_logger()
+S = TypeVar("S", bound=KitSettings)
+
+GATEWAY_PERMISSIONS = ("payments.apply", "sandbox.use")
+"""What the gateway's own token may do: webhooks and the sandbox's page, nothing else."""
+_ISSUERS = {UserSettings: "user_svc", DeploymentSettings: "deployment_svc", GatewaySettings: "gateway"}
+
+
+class StartError(Exception):
+    """The process cannot start; the text says what to change."""
+
+
+def load_settings(kind: type[S], data_dir: Path | None = None, **given: Any) -> S:
+    """Settings from the environment; ``given`` wins. In development, keys that nobody gave are made once and kept in the data directory."""
+    base = KitSettings(**({"data_dir": data_dir} if data_dir else {}))
+    if base.environment == "development":
+        made = devkeys.settings_for(devkeys.load_or_make(base.data_dir), _ISSUERS.get(kind, "cli"))
+        made |= {"sandbox_enabled": True}
+        defaults = {name: value for name, value in made.items() if f"CLAWPLANE_{name.upper()}" not in os.environ}
+    else:
+        defaults = {"service_name": _ISSUERS.get(kind, "cli")} if "CLAWPLANE_SERVICE_NAME" not in os.environ else {}
+    return kind(**(defaults | {"data_dir": base.data_dir} | given))
+
+
+async def migrate_all(user: UserSettings | None, deployment: DeploymentSettings | None) -> None:
+    """Brings the databases of the given services up to date, one after the other."""
+    for settings, name in ((user, "user_svc"), (deployment, "deployment_svc")):
+        if settings is not None:
+            db = Database(settings.database_url, settings, name)
+            try:
+                await db.connect()
+                await migrate(db, name)
+            finally:
+                await db.close()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that leaves the signals to us: services and gateway stop in one order."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Stack:
+    """What runs in this process."""
+
+    def __init__(self) -> None:
+        self.grpc: Server | None = None
+        self._http: _Uvicorn | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._channels: list[Any] = []
+
+    async def start_grpc(self, apps: Sequence[App], host: str, port: int) -> None:
+        """Opens the gRPC port for the apps."""
+        try:
+            self.grpc = Server(apps, host, port)
+        except RuntimeError as error:
+            raise StartError(f"cannot listen on {host}:{port} (gRPC): is something else running there? ({error})") from None
+        await self.grpc.start()
+
+    async def start_gateway(self, settings: GatewaySettings) -> None:
+        """Opens the HTTP port."""
+        self._channels = [clients.channel(settings.user_target), clients.channel(settings.deployment_target)]
+        channels = {"clawplane.user.v1": self._channels[0], "clawplane.deployment.v1": self._channels[1]}
+        app = create_gateway(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5,
+            loop="none", ws="none",
+        )  # fmt: skip
+        self._http = _Uvicorn(config)
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[listen(settings.http_host, settings.http_port)]))
+        while not self._http.started:
+            if self._http_task.done():
+                await self._http_task
+                raise StartError("the gateway did not start")
+            await asyncio.sleep(0.01)
+        log.info("gateway.started", port=settings.http_port)
+
+    async def stop(self) -> None:
+        """The door first, then what is behind it."""
+        if self._http and self._http_task:
+            self._http.should_exit = True
+            await self._http_task
+        for channel in self._channels:
+            await channel.close()
+        if self.grpc:
+            await self.grpc.drain()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound TCP socket; StartError when the port is taken."""
+    # With the protocol named, asyncio turns Nagle's algorithm off; without it every answer waits 40 ms.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}:{port} (HTTP): {error.strerror}; choose another with --http-port") from None
+    return bound
+
+
+async def until_stopped() -> None:
+    """Waits for SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, announce: Any) -> None:
+    """Both services and the gateway in this process, until it is told to stop; then the local bots are stopped too."""
+    target, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
+    user = load_settings(UserSettings, data_dir)
+    public = {"public_url": url} if "CLAWPLANE_PUBLIC_URL" not in os.environ else {}
+    deployment = load_settings(DeploymentSettings, data_dir, user_target=target, bind_host=host, **public)
+    gateway = load_settings(
+        GatewaySettings, data_dir, user_target=target, deployment_target=target, http_host=host, http_port=http_port, **public,
+        sandbox_enabled=deployment.sandbox_enabled,
+    )  # fmt: skip
+    listen(host, http_port).close()
+    await migrate_all(user, deployment)
+    stack = Stack()
+    await stack.start_grpc([create_user(user), create_deployment(deployment)], host, grpc_port)
+    await stack.start_gateway(gateway)
+    note = deployment.data_dir / "up.json"
+    note.write_text(json.dumps({"pid": os.getpid(), "grpc": target, "http": url}))
+    announce(target, url)
+    try:
+        await until_stopped()
+    finally:
+        note.unlink(missing_ok=True)
+        await stack.stop()
+        if deployment.driver == "local":
+            local = LocalDriver(deployment.data_dir / "local", url)
+            await local.stop_all()
+            await local.shutdown()
+
+
+async def serve(part: str, host: str, port: int) -> None:
+    """One service alone, as in production."""
+    stack = Stack()
+    if part == "user":
+        user = load_settings(UserSettings)
+        await migrate_all(user, None)
+        await stack.start_grpc([create_user(user)], host, port)
+    elif part == "deployment":
+        deployment = load_settings(DeploymentSettings, bind_host=host)
+        await migrate_all(None, deployment)
+        await stack.start_grpc([create_deployment(deployment)], host, port)
+    else:
+        await stack.start_gateway(load_settings(GatewaySettings, http_host=host, http_port=port))
+    try:
+        await until_stopped()
+    finally:
+        await stack.stop()

@@ -1,0 +1,54 @@
+"""Calls to the other service: channels, own credential, deadline, retries."""
+
+import json
+import time
+from collections.abc import Sequence
+
+import grpc
+
+from services.kit.auth import TokenSigner
+
+_RETRY = {
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 3,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+def channel(target: str, *, max_message_bytes: int = 4 * 1024 * 1024) -> grpc.aio.Channel:
+    """A channel that retries what was refused with UNAVAILABLE, which the services answer only before they did anything."""
+    return grpc.aio.insecure_channel(
+        target,
+        options=[
+            ("grpc.service_config", json.dumps(_RETRY)),
+            ("grpc.enable_retries", 1),
+            ("grpc.lb_policy_name", "round_robin"),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.keepalive_time_ms", 60_000),
+            ("grpc.http_proxy", ""),
+            ("grpc.enable_http_proxy", 0),
+        ],
+    )
+
+
+class ServiceCredential:
+    """Metadata with this process's own token, signed anew before it runs out."""
+
+    def __init__(self, signer: TokenSigner, permissions: Sequence[str], lifetime_s: int = 600) -> None:
+        self._signer, self._permissions, self._lifetime_s = signer, permissions, lifetime_s
+        self._token, self._renew_at = "", 0.0
+
+    def __call__(self) -> tuple[tuple[str, str], ...]:
+        if time.monotonic() >= self._renew_at:
+            self._token = self._signer.sign(self._permissions, lifetime_s=self._lifetime_s)
+            self._renew_at = time.monotonic() + self._lifetime_s / 2
+        return (("authorization", f"Bearer {self._token}"),)

@@ -1,0 +1,199 @@
+"""The database of a service: one engine and pool, explicit short transactions, the tenant filter."""
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy import event
+from sqlalchemy import exc as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
+
+from services.kit import telemetry
+from services.kit.columns import Tenant
+from services.kit.errors import is_retryable
+from services.kit.settings import KitSettings
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+ALL = "*"
+"""The tenant of loops, services and operators: no filter. It has to be said; a session without a tenant cannot read."""
+
+
+class ScopedSession(Session):
+    """A session whose statements on Tenant tables see one organization."""
+
+
+@event.listens_for(ScopedSession, "do_orm_execute")
+def _only_own_rows(state: ORMExecuteState) -> None:
+    if state.is_column_load or state.is_relationship_load:
+        return
+    tenant = state.session.info["tenant"]
+    if tenant != ALL:
+        criteria = with_loader_criteria(Tenant, lambda cls: cls.org_id == tenant, include_aliases=True)
+        state.statement = state.statement.options(criteria)
+
+
+@event.listens_for(ScopedSession, "before_flush")
+def _stamp_tenant(session: Session, *_: object) -> None:
+    tenant = session.info["tenant"]
+    for row in session.new:
+        if isinstance(row, Tenant) and tenant != ALL:
+            if row.org_id is None:
+                row.org_id = tenant
+            elif row.org_id != tenant:
+                raise RuntimeError(f"{type(row).__name__} of another organization in a session of {tenant}")
+
+
+class Database:
+    """Opens sessions. ``url`` is a SQLAlchemy URL: sqlite+aiosqlite:///file or postgresql+asyncpg://..."""
+
+    def __init__(self, url: str, settings: KitSettings, name: str) -> None:
+        self.url = make_url(_async_url(url))
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self.settings = settings
+        self.name = name
+        self.engine = self._engine()
+        if self.is_sqlite:
+            self.writing, self.reading = self.engine, self.engine.execution_options(readonly=True)
+        else:
+            # One pool: AUTOCOMMIT saves a one-statement read its BEGIN and COMMIT.
+            self.writing, self.reading = self.engine.execution_options(isolation_level="READ COMMITTED"), self.engine
+        # SQLite has one writer; queueing here is fair and cheap, where its own busy handler sleeps and guesses.
+        self._one_writer = asyncio.Lock()
+        telemetry.watch_pool(name, self.engine)
+
+    def _engine(self) -> AsyncEngine:
+        s = self.settings
+        if self.is_sqlite:
+            engine = create_async_engine(
+                self.url, pool_size=s.pool_size, max_overflow=s.max_overflow, pool_timeout=s.pool_timeout_s,
+                connect_args={"timeout": s.lock_timeout_s},
+            )  # fmt: skip
+            event.listen(engine.sync_engine, "connect", _sqlite_connect)
+            event.listen(engine.sync_engine, "begin", _sqlite_begin)
+        else:
+            limits = {
+                "statement_timeout": f"{int(s.statement_timeout_s * 1000)}",
+                "idle_in_transaction_session_timeout": f"{int(s.statement_timeout_s * 1000)}",
+                "lock_timeout": f"{int(s.lock_timeout_s * 1000)}",
+                "application_name": f"clawplane-{self.name}",
+            }
+            engine = create_async_engine(
+                self.url, isolation_level="AUTOCOMMIT", pool_size=s.pool_size, max_overflow=s.max_overflow,
+                pool_timeout=s.pool_timeout_s, connect_args={"server_settings": limits},
+            )  # fmt: skip
+        event.listen(engine.sync_engine, "before_cursor_execute", _start_timer)
+        event.listen(engine.sync_engine, "after_cursor_execute", self._report_slow)
+        return engine
+
+    async def connect(self) -> None:
+        """Proves that the database answers; tries ``connect_tries`` times with a growing pause."""
+        for attempt in range(1, self.settings.connect_tries + 1):
+            try:
+                async with self.engine.connect() as connection:
+                    await connection.exec_driver_sql("SELECT 1")
+                return
+            except (sa.DBAPIError, OSError) as error:
+                if attempt == self.settings.connect_tries:
+                    raise
+                log.warning("database.connect_failed", database=self.name, attempt=attempt, error=type(error).__name__)
+                await asyncio.sleep(0.2 * 2**attempt)
+
+    async def close(self) -> None:
+        """Closes the pool."""
+        await self.engine.dispose()
+
+    @asynccontextmanager
+    async def transaction(self, tenant: str) -> AsyncIterator[AsyncSession]:
+        """A unit of work that commits at the end of the block, or leaves nothing. Never make a remote call inside."""
+        async with AsyncExitStack() as stack:
+            if self.is_sqlite:
+                await stack.enter_async_context(self._one_writer)
+            session = await stack.enter_async_context(self._session(self.writing, tenant))
+            await self._begin(session)
+            yield session
+            await session.commit()
+
+    @asynccontextmanager
+    async def read(self, tenant: str) -> AsyncIterator[AsyncSession]:
+        """A session for reading; on PostgreSQL each statement stands alone."""
+        async with self._session(self.reading, tenant) as session:
+            await self._begin(session)
+            yield session
+
+    async def run(self, work: Callable[[AsyncSession], Awaitable[T]], tenant: str, tries: int = 5) -> T:
+        """Runs a unit of work, again when the database says that two of them clashed. ``work`` may run several times."""
+        for attempt in range(1, tries + 1):
+            try:
+                async with self.transaction(tenant) as session:
+                    return await work(session)
+            except sa.DBAPIError as error:
+                if attempt == tries or not is_retryable(error):
+                    raise
+                telemetry.DB_RETRIES.labels(self.name).inc()
+                await asyncio.sleep(random.uniform(0.005, 0.02) * 2**attempt)
+        raise AssertionError
+
+    def _session(self, engine: AsyncEngine, tenant: str) -> AsyncSession:
+        return AsyncSession(
+            engine, sync_session_class=ScopedSession, expire_on_commit=False, autobegin=True, info={"tenant": tenant}
+        )
+
+    async def _begin(self, session: AsyncSession) -> None:
+        """Takes the connection now, so that waiting for one is seen, and BEGIN IMMEDIATE is the first thing that can fail."""
+        with telemetry.waiting_for_pool(self.name):
+            for attempt in range(3):
+                try:
+                    await session.connection()
+                    return
+                except sa.OperationalError as error:
+                    if attempt == 2 or not is_retryable(error):
+                        raise
+                    await session.rollback()
+
+    def _report_slow(self, connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        elapsed_ms = (time.perf_counter() - context._clawplane_started) * 1000
+        if elapsed_ms >= self.settings.slow_statement_ms:
+            log.warning("database.slow_statement", database=self.name, statement=statement_name(statement), ms=round(elapsed_ms))
+
+
+def statement_name(statement: str) -> str:
+    """A statement's verb and table, which is what may be logged: "SELECT deployments"."""
+    found = re.search(r"\b(?:FROM|INTO|UPDATE|TABLE)\s+(?:ONLY\s+)?\"?(\w+)", statement, re.IGNORECASE)
+    verb = statement.split(None, 1)[0].upper() if statement.strip() else "?"
+    return f"{verb} {found.group(1)}" if found else verb
+
+
+def insert_for(session: AsyncSession) -> Callable[..., Any]:
+    """The engine's own INSERT, which knows ON CONFLICT; both engines take the same calls."""
+    return sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+
+
+def _async_url(url: str) -> str:
+    return re.sub(r"^(postgres|postgresql)://", "postgresql+asyncpg://", re.sub(r"^sqlite://", "sqlite+aiosqlite://", url))
+
+
+def _start_timer(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+    context._clawplane_started = time.perf_counter()
+
+
+def _sqlite_connect(connection: Any, record: Any) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "foreign_keys=ON", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _sqlite_begin(connection: Any) -> None:
+    readonly = connection.get_execution_options().get("readonly", False)
+    connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")

@@ -1,0 +1,64 @@
+"""Keys of the embedded default: made at the first start, kept in the data directory, readable by the owner alone."""
+
+import base64
+import os
+import secrets
+from pathlib import Path
+
+import orjson
+
+from services.kit.auth import public_key
+
+SERVICES = ("user_svc", "deployment_svc", "gateway", "cli")
+"""Who signs tokens."""
+
+
+def load_or_make(data_dir: Path) -> dict[str, str]:
+    """The keys as settings: name without CLAWPLANE_ -> value. Two processes that start at once agree on one file."""
+    path = data_dir / "keys.json"
+    if not path.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
+        draft = data_dir / f"keys.{os.getpid()}.{secrets.token_hex(4)}"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(orjson.dumps(_make(), option=orjson.OPT_INDENT_2))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    keys: dict[str, str] = orjson.loads(path.read_bytes())
+    return keys
+
+
+def _make() -> dict[str, str]:
+    seeds = {name: os.urandom(32) for name in SERVICES}
+    result = {f"seed_{name}": _text(seed) for name, seed in seeds.items()}
+    result["service_public_keys"] = orjson.dumps({name: _text(public_key(seed)) for name, seed in seeds.items()}).decode()
+    result["operator_token"] = f"clawop_{secrets.token_urlsafe(32)}"
+    result["encryption_keys"] = orjson.dumps({"dev1": _text(os.urandom(32))}).decode()
+    result["encryption_key_id"] = "dev1"
+    result["hmac_key"] = _text(os.urandom(32))
+    result["sandbox_webhook_secret"] = f"whsec_{secrets.token_urlsafe(32)}"
+    return result
+
+
+def settings_for(keys: dict[str, str], service: str) -> dict[str, object]:
+    """The keyword arguments of one process's settings; other processes' seeds are left out."""
+    return {
+        "service_name": service,
+        "service_private_key": keys[f"seed_{service}"],
+        "service_public_keys": orjson.loads(keys["service_public_keys"]),
+        "operator_token": keys["operator_token"],
+        "encryption_keys": orjson.loads(keys["encryption_keys"]),
+        "encryption_key_id": keys["encryption_key_id"],
+        "hmac_key": keys["hmac_key"],
+        "sandbox_webhook_secret": keys["sandbox_webhook_secret"],
+    }
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()

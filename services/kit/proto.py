@@ -1,0 +1,94 @@
+"""Rows to messages and back, by field name. The message is the allow-list: a column without a field never leaves."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import cache
+from typing import Any, TypeVar
+
+from google.api import field_behavior_pb2
+from google.protobuf import struct_pb2, timestamp_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from services.kit.errors import InvalidArgument
+
+M = TypeVar("M", bound=Message)
+
+_NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER}
+
+
+def to_proto(row: Any, kind: type[M]) -> M:
+    """A message with every field that the row has under the same name; ``etag`` from the row's version."""
+    message = kind()
+    for field in kind.DESCRIPTOR.fields:
+        value = getattr(row, field.name, None)
+        if value is None:
+            continue
+        if isinstance(value, datetime):
+            getattr(message, field.name).FromDatetime(value)
+        elif isinstance(value, Decimal):
+            setattr(message, field.name, format(value, "f"))
+        elif isinstance(value, dict):
+            target = getattr(message, field.name)
+            target.update(value)
+        else:
+            setattr(message, field.name, value)
+    version = getattr(row, "version", None)
+    if version is not None and "etag" in kind.DESCRIPTOR.fields_by_name:
+        message.etag = str(version)  # type: ignore[attr-defined]
+    return message
+
+
+def assign(row: Any, message: Message, mask: FieldMask | None = None) -> list[str]:
+    """Copies what a caller may write from a message to a row, and returns the names of the fields.
+
+    With a mask, exactly its paths; without one, every field that is set. OUTPUT_ONLY and IDENTIFIER fields are ignored;
+    InvalidArgument for an unknown or IMMUTABLE path of the mask.
+    """
+    fields = message.DESCRIPTOR.fields_by_name
+    if mask is None or not mask.paths or list(mask.paths) == ["*"]:
+        paths = [field.name for field in message.DESCRIPTOR.fields if _is_set(message, field)]
+    else:
+        paths = list(mask.paths)
+        for path in paths:
+            if path not in fields:
+                raise InvalidArgument("update_mask", f"{path} is no field of {message.DESCRIPTOR.name}")
+            if field_behavior_pb2.IMMUTABLE in _behaviour(message.DESCRIPTOR, path):
+                raise InvalidArgument("update_mask", f"{path} cannot be changed")
+    written = []
+    for path in paths:
+        if path == "etag" or _NOT_WRITABLE & _behaviour(message.DESCRIPTOR, path):
+            continue
+        setattr(row, path, _python(message, fields[path]))
+        written.append(path)
+    return written
+
+
+@cache
+def _behaviour(descriptor: Descriptor, name: str) -> frozenset[int]:
+    options = descriptor.fields_by_name[name].GetOptions()
+    return frozenset(options.Extensions[field_behavior_pb2.field_behavior])
+
+
+def _is_set(message: Message, field: FieldDescriptor) -> bool:
+    if field.has_presence:
+        return message.HasField(field.name)
+    return bool(getattr(message, field.name))
+
+
+def _python(message: Message, field: FieldDescriptor) -> Any:
+    value = getattr(message, field.name)
+    if isinstance(value, timestamp_pb2.Timestamp):
+        return to_datetime(value) if message.HasField(field.name) else None
+    if isinstance(value, struct_pb2.Struct):
+        return MessageToDict(value)
+    if field.is_repeated:
+        return dict(value) if field.message_type is not None and field.message_type.GetOptions().map_entry else list(value)
+    return value
+
+
+def to_datetime(value: timestamp_pb2.Timestamp) -> datetime:
+    """A protobuf time as aware UTC."""
+    return value.ToDatetime(tzinfo=UTC)

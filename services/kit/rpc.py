@@ -1,0 +1,327 @@
+"""The one wrapper around every RPC. ``_guard`` shows the order of everything that happens to a call."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import grpc
+import protovalidate
+import structlog
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+from limits import RateLimitItem, parse
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from clawplane.errors.v1.errors_pb2 import ErrorReason
+from clawplane.options.v1 import options_pb2
+from services.kit import errors, ids, telemetry
+from services.kit.audit import AuditRow
+from services.kit.auth import PUBLIC, Authenticator, Caller
+from services.kit.db import Database
+from services.kit.settings import KitSettings
+
+log = structlog.get_logger()
+_PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
+_NO_SIDE_EFFECTS = 1
+
+
+@dataclass
+class Kit:
+    """What every RPC of one service shares."""
+
+    name: str
+    settings: KitSettings
+    db: Database
+    authenticator: Authenticator
+    audit_model: type[AuditRow]
+    in_flight: int = 0
+    draining: bool = False
+    streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.limiter = FixedWindowRateLimiter(MemoryStorage())
+        self.limit: RateLimitItem = parse(self.settings.rate_limit)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of an RPC before the first call."""
+
+    method: str
+    """Full name with slashes, as gRPC says it."""
+    permission: str
+    audience: int
+    is_read: bool
+    audited: bool
+
+    @classmethod
+    def of(cls, descriptor: MethodDescriptor) -> "Plan":
+        """From the method's descriptor; ValueError for a method without a complete rule."""
+        options = descriptor.GetOptions()
+        rule = options.Extensions[options_pb2.rule]
+        public = rule.audience == options_pb2.AUDIENCE_PUBLIC
+        if rule.audience == options_pb2.AUDIENCE_UNSPECIFIED or public == bool(rule.permission):
+            raise ValueError(f"{descriptor.full_name} has no complete rule (clawplane.options.v1.rule)")
+        is_read = options.idempotency_level == _NO_SIDE_EFFECTS
+        service = descriptor.containing_service
+        return cls(
+            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited
+        )
+
+
+class Call:
+    """One call, as a handler sees it."""
+
+    __slots__ = ("_audited", "_notes", "caller", "context", "kit", "plan", "request_id")
+
+    def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
+        self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
+        self._notes: dict[str, Any] = {}
+        self._audited = False
+
+    @property
+    def org_id(self) -> str:
+        """The organization that the call acts in; InvalidState for services and operators, who act in none."""
+        if not self.caller.org_id:
+            raise errors.InvalidState(
+                "this call acts within an organization: use a token that acts for a user",
+                reason=ErrorReason.ERROR_REASON_USER_REQUIRED,
+            )
+        return self.caller.org_id
+
+    def audit(
+        self, resource_id: str, *, org_id: str = "", before: Any = None, after: Any = None, project_id: str | None = None
+    ) -> None:
+        """What the audit row of this call says beside who and what. ``before`` and ``after`` must hold no secret."""
+        self._notes = {"resource_id": resource_id, "org_id": org_id, "before": before, "after": after, "project_id": project_id}
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncSession]:
+        """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
+        async with self.kit.db.transaction(self.caller.tenant) as session:
+            yield session
+            self.write_audit(session)
+
+    def read(self) -> Any:
+        """A session for reading as the caller."""
+        return self.kit.db.read(self.caller.tenant)
+
+    async def run(self, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
+        """As ``transaction``, repeated when two units of work clash; ``work`` may run several times."""
+
+        async def audited(session: AsyncSession) -> Any:
+            self._audited = False
+            result = await work(session)
+            self.write_audit(session)
+            return result
+
+        return await self.kit.db.run(audited, self.caller.tenant)
+
+    def write_audit(self, session: AsyncSession) -> None:
+        """Adds the audit row to a session, once."""
+        if not self.plan.audited or self._audited:
+            return
+        self._audited = True
+        notes = {key: value for key, value in self._notes.items() if value not in (None, "")}
+        notes.setdefault("org_id", self.caller.org_id or ids.NO_ORG)
+        session.add(self.kit.audit_model(subject=self.caller.subject, method=self.plan.method, request_id=self.request_id, **notes))
+
+
+class Registrar:
+    """Stands in for a server in ``add_XServicer_to_server`` and registers every handler wrapped."""
+
+    def __init__(self, server: grpc.aio.Server, kit: Kit) -> None:
+        self.server, self.kit = server, kit
+        self.services: list[str] = []
+
+    def add_generic_rpc_handlers(self, handlers: Any) -> None:
+        """The generated code calls this first; the wrapped handlers follow in the other call."""
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+        """Wraps and registers."""
+        descriptor = descriptor_pool.Default().FindServiceByName(service)
+        wrapped = {name: wrap(handler, Plan.of(descriptor.methods_by_name[name]), self.kit) for name, handler in handlers.items()}
+        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
+        self.server.add_registered_method_handlers(service, wrapped)
+        self.services.append(service)
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """Stands for a request that cannot be taken as it is, until the wrapper can answer properly."""
+
+    field: str
+    problem: str
+
+
+def _field_with_nul(message: Message) -> str:
+    """Path of the first text that holds U+0000, or ""."""
+    for descriptor, value in message.ListFields():
+        items = value if descriptor.is_repeated else [value]
+        if descriptor.is_repeated and descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
+            items = [*value.keys(), *value.values()]
+        for item in items:
+            if isinstance(item, str) and "\0" in item:
+                return str(descriptor.name)
+            inner = _field_with_nul(item) if isinstance(item, Message) else ""
+            if inner:
+                return f"{descriptor.name}.{inner}"
+    return ""
+
+
+def wrap(handler: grpc.RpcMethodHandler, plan: Plan, kit: Kit) -> grpc.RpcMethodHandler:
+    """The handler with everything that each RPC needs around it."""
+    deserialize = handler.request_deserializer
+
+    def tolerant(raw: bytes) -> Any:
+        try:
+            request = deserialize(raw)
+        except (DecodeError, UnicodeDecodeError):
+            return _Malformed("", "the request is not valid protobuf, or a text in it is not valid UTF-8")
+        # PostgreSQL cannot store U+0000. Few requests hold the byte at all, so few are searched for it.
+        field = _field_with_nul(request) if b"\0" in raw else ""
+        return _Malformed(field, "must not hold the character U+0000") if field else request
+
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, kit), tolerant, handler.response_serializer)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, plan, kit), tolerant, handler.response_serializer)
+    raise ValueError(f"{plan.method}: streams of requests are not supported; take a repeated field")
+
+
+async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: str) -> Call:
+    """Everything that must hold before a handler runs, in order."""
+    if kit.in_flight > kit.settings.max_concurrent_calls:
+        raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
+    if isinstance(request, _Malformed):
+        raise errors.InvalidArgument(request.field, request.problem)
+    public = plan.audience == options_pb2.AUDIENCE_PUBLIC
+    caller = PUBLIC if public else await kit.authenticator.caller(context.invocation_metadata() or ())
+    if not public:
+        _permit(caller, plan)
+        if not caller.is_platform and not kit.limiter.hit(kit.limit, caller.subject):
+            window = kit.limiter.get_window_stats(kit.limit, caller.subject)
+            raise errors.Exhausted("too many calls", retry_after_s=max(0.1, window.reset_time - time.time()))
+    violations = protovalidate.collect_violations(request)
+    if violations:
+        raise errors.InvalidFields([violation(item) for item in violations])
+    return Call(kit, plan, caller, request_id, context)
+
+
+def _permit(caller: Caller, plan: Plan) -> None:
+    if plan.audience == options_pb2.AUDIENCE_PLATFORM and not caller.is_platform:
+        raise errors.PermissionDenied(plan.permission)
+    if not caller.may(plan.permission):
+        raise errors.PermissionDenied(plan.permission)
+
+
+def violation(found: Any) -> errors.Violation:
+    """A broken rule as (field path, what is wrong)."""
+    proto = found.proto
+    path = "".join(
+        f".{element.field_name}" + (f"[{element.subscript.value}]" if element.subscript is not None else "")
+        for element in (proto.field.elements if proto.field is not None else ())
+    ).lstrip(".")
+    message = proto.message or proto.rule_id
+    if not path and ": " in message:
+        # Rules over a whole message name the field they are about in their text.
+        path, _, message = message.partition(": ")
+    return path, message
+
+
+def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
+    async def unary(request: Message, context: Any) -> Any:
+        started = time.perf_counter()
+        request_id = _request_id(context)
+        kit.in_flight += 1
+        failure: errors.Error | None = None
+        caller: Caller | None = None
+        try:
+            call = await _guard(kit, plan, request, context, request_id)
+            caller = call.caller
+            response = await handler(request, call)
+        except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            _report(kit, plan, "CANCELLED", started, request_id, caller)
+            raise
+        except Exception as error:
+            failure = _failure(error, plan, request_id)
+        finally:
+            kit.in_flight -= 1
+        if failure is not None:
+            _report(kit, plan, failure.code.name, started, request_id, caller)
+            await context.abort_with_status(rpc_status.to_status(errors.to_status(failure, request_id)))
+        _report(kit, plan, "OK", started, request_id, caller)
+        context.set_trailing_metadata((("x-request-id", request_id),))
+        return response
+
+    return unary
+
+
+def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
+    async def stream(request: Message, context: Any) -> AsyncIterator[Any]:
+        started = time.perf_counter()
+        request_id = _request_id(context)
+        failure: errors.Error | None = None
+        caller: Caller | None = None
+        task = asyncio.current_task()
+        assert task is not None
+        kit.streams.add(task)
+        try:
+            call = await _guard(kit, plan, request, context, request_id)
+            caller = call.caller
+            async with aclosing(handler(request, call)) as messages:
+                async for message in messages:
+                    yield message
+        except grpc.aio.AbortError:
+            raise
+        except asyncio.CancelledError:
+            if not kit.draining:
+                _report(kit, plan, "CANCELLED", started, request_id, caller)
+                raise
+            task.uncancel()
+            failure = errors.Unavailable("the server is stopping; resume elsewhere", 0, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
+        except Exception as error:
+            failure = _failure(error, plan, request_id)
+        finally:
+            kit.streams.discard(task)
+        if failure is not None:
+            _report(kit, plan, failure.code.name, started, request_id, caller)
+            await context.abort_with_status(rpc_status.to_status(errors.to_status(failure, request_id)))
+        _report(kit, plan, "OK", started, request_id, caller)
+
+    return stream
+
+
+def _request_id(context: Any) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == "x-request-id" and isinstance(value, str) and 0 < len(value) <= 64 and value.isascii() and value.isprintable():
+            return value
+    return f"{_PREFIX}-{next(_COUNTER)}"
+
+
+def _failure(error: Exception, plan: Plan, request_id: str) -> errors.Error:
+    failure = errors.from_exception(error)
+    if failure.code is grpc.StatusCode.INTERNAL:
+        log.error("rpc.defect", method=plan.method, request_id=request_id, exc_info=error)
+    return failure
+
+
+def _report(kit: Kit, plan: Plan, code: str, started: float, request_id: str, caller: Caller | None) -> None:
+    elapsed = time.perf_counter() - started
+    telemetry.CALLS.labels(plan.method, code).inc()
+    telemetry.CALL_SECONDS.labels(plan.method).observe(elapsed)
+    # A read that went well says nothing that the metrics do not say.
+    say = log.debug if plan.is_read and code == "OK" else log.info
+    subject, org = (caller.subject, caller.org_id) if caller is not None else ("", "")
+    say("rpc", method=plan.method, code=code, ms=round(elapsed * 1000, 1), request_id=request_id, subject=subject, org=org)

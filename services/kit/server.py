@@ -1,0 +1,109 @@
+"""One gRPC process: services, health, reflection, loops, and an orderly end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+
+from services.kit.loops import Loop
+from services.kit.rpc import Kit, Registrar
+
+log = structlog.get_logger()
+
+_OPTIONS = [
+    ("grpc.so_reuseport", 1),
+    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+Register = Callable[[Any, Any], None]
+
+
+@dataclass
+class App:
+    """The table of contents of a service: what it serves, what runs beside, what to close at the end."""
+
+    kit: Kit
+    services: Sequence[tuple[Register, Any]]
+    """(add_XServicer_to_server, servicer)."""
+    loops: Sequence[Loop] = ()
+    starters: Sequence[Callable[[], Awaitable[None]]] = ()
+    """Called once the database answers, before the port opens."""
+    closers: Sequence[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Called last, in order."""
+
+
+class Server:
+    """Serves one or more apps at one address. ``port`` 0 picks a free one; TLS with a key and certificate file."""
+
+    def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
+        self.apps = apps
+        limit = max(app.kit.settings.max_message_bytes for app in apps)
+        self.server = grpc.aio.server(
+            options=[*_OPTIONS, ("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
+        )
+        self.health = health.aio.HealthServicer()
+        names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
+        for app in apps:
+            registrar = Registrar(self.server, app.kit)
+            for add, servicer in app.services:
+                add(servicer, registrar)
+            names += registrar.services
+        self.names = names
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self._add_reflection()
+        address = f"{host}:{port}"
+        if tls:
+            key, certificate = (path.read_bytes() for path in tls)
+            self.port = self.server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
+        else:
+            self.port = self.server.add_insecure_port(address)
+
+    def _add_reflection(self) -> None:
+        servicer = reflection.aio.ReflectionServicer(self.names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)
+        # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
+        handler = grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+        self.server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}),)
+        )
+
+    async def start(self) -> None:
+        """Databases first, then the port, then the loops, then SERVING."""
+        for app in self.apps:
+            await app.kit.db.connect()
+            for start in app.starters:
+                await start()
+        await self.server.start()
+        for app in self.apps:
+            for loop in app.loops:
+                loop.start()
+        for name in ["", *self.names]:
+            await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        log.info("server.started", port=self.port, services=[n for n in self.names if n.startswith("clawplane")])
+
+    async def drain(self) -> None:
+        """No new calls; calls in flight finish, streams end with UNAVAILABLE, loops finish their step, pools close."""
+        await self.health.enter_graceful_shutdown()
+        for app in self.apps:
+            app.kit.draining = True
+            for stream in list(app.kit.streams):
+                stream.cancel()
+        grace = max(app.kit.settings.drain_timeout_s for app in self.apps)
+        await asyncio.gather(self.server.stop(grace), *(loop.stop() for app in self.apps for loop in app.loops))
+        for app in self.apps:
+            for close in app.closers:
+                await close()
+            await app.kit.db.close()
+        log.info("server.stopped")

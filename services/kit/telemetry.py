@@ -1,0 +1,99 @@
+"""Logs (JSON, one line an event, no secret in it) and metrics (Prometheus)."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+CALLS = Counter("clawplane_rpc_calls_total", "RPCs by method and status code", ["method", "code"])
+CALL_SECONDS = Histogram(
+    "clawplane_rpc_seconds",
+    "Duration of RPCs",
+    ["method"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)
+IN_FLIGHT = Gauge("clawplane_rpc_in_flight", "Unary RPCs being handled", ["service"])
+POOL_WAITING = Gauge("clawplane_db_pool_waiting", "Units of work that wait for a connection", ["database"])
+POOL_TIMEOUTS = Counter("clawplane_db_pool_timeouts_total", "Waits for a connection that were given up", ["database"])
+DB_RETRIES = Counter("clawplane_db_retries_total", "Units of work repeated after a clash", ["database"])
+LOOP_RUNS = Counter("clawplane_loop_runs_total", "Runs of background loops", ["loop", "outcome"])
+
+_pools: dict[str, AsyncEngine] = {}
+
+
+class _PoolCollector(Collector):
+    """Connections in use, read from the pools when Prometheus asks."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        family = GaugeMetricFamily("clawplane_db_pool_in_use", "Connections in use", labels=["database"])
+        for name, engine in list(_pools.items()):
+            in_use = getattr(engine.pool, "checkedout", lambda: 0)
+            family.add_metric([name], in_use())
+        yield family
+
+
+REGISTRY.register(_PoolCollector())
+
+
+def watch_pool(name: str, engine: AsyncEngine) -> None:
+    """Adds a pool to the metrics."""
+    _pools[name] = engine
+
+
+@contextmanager
+def waiting_for_pool(name: str) -> Iterator[None]:
+    """Counts a wait for a connection, and whether it was given up."""
+    gauge = POOL_WAITING.labels(name)
+    gauge.inc()
+    try:
+        yield
+    except PoolTimeout:
+        POOL_TIMEOUTS.labels(name).inc()
+        raise
+    finally:
+        gauge.dec()
+
+
+def configure_logs(level: str = "info", *, pretty: bool = False) -> None:
+    """JSON lines on standard error; ``pretty`` for people at a terminal. Call once, when the process starts."""
+    numeric = getattr(logging, level.upper())
+    renderer: Any = structlog.dev.ConsoleRenderer() if pretty else structlog.processors.JSONRenderer()
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[*shared, _format_exception, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(numeric),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # Libraries log parameters and headers at their own levels: only their warnings pass, as plain lines.
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format='{"level":"%(levelname)s","logger":"%(name)s","event":%(message)r}'
+    )
+
+
+def _format_exception(logger: Any, name: str, event: Any) -> Any:
+    """An exception as its type and where it came from. Its text may hold a value (a driver quotes parameters), so it is left out."""
+    error = event.pop("exc_info", None)
+    if error is True:
+        error = sys.exc_info()[1]
+    if isinstance(error, BaseException):
+        frames = []
+        trace = error.__traceback__
+        while trace is not None:
+            frames.append(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}:{trace.tb_frame.f_code.co_name}")
+            trace = trace.tb_next
+        event["exception"] = type(error).__name__
+        event["trace"] = frames[-12:]
+    return event

@@ -1,0 +1,44 @@
+"""AccessService: what a person may do in an organization."""
+
+from clawplane.user.v1 import access_service_pb2, access_service_pb2_grpc
+from services.kit.auth import Access, AccessResolver
+from services.kit.db import ALL, Database
+from services.kit.errors import NotFound
+from services.kit.rpc import Call
+from services.user_svc.organizations.roles import PERMISSIONS
+from services.user_svc.users import repository
+
+
+class AccessService(access_service_pb2_grpc.AccessServiceServicer):
+    """See proto/clawplane/user/v1/access_service.proto."""
+
+    async def ResolveAccess(self, request: access_service_pb2.ResolveAccessRequest, call: Call) -> access_service_pb2.Access:
+        async with call.read() as session:
+            found = await repository.membership(session, request.user_id, request.org_id)
+        if found is None:
+            raise NotFound("membership")
+        user, org_id, role = found
+        return access_service_pb2.Access(
+            user_id=user.id,
+            org_id=org_id,
+            role=role,
+            permissions=sorted(PERMISSIONS[role]),
+            email=user.email,  # type: ignore[arg-type]
+        )
+
+
+def resolver(db: Database) -> AccessResolver:
+    """The same answer for this service's own calls, straight from the tables."""
+
+    async def resolve(user_id: str, org_id: str) -> Access | None:
+        async with db.read(ALL) as session:
+            try:
+                found = await repository.membership(session, user_id, org_id)
+            except ValueError:
+                return None
+        if found is None:
+            return None
+        user, org, role = found
+        return Access(user.id, org, PERMISSIONS[role], user.email)
+
+    return resolve

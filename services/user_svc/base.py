@@ -1,0 +1,20 @@
+"""The tables of the user service have one base, and no foreign key leads out of it."""
+
+from sqlalchemy import MetaData
+from sqlalchemy.orm import DeclarativeBase
+
+from services.kit.audit import AuditRow
+from services.kit.columns import NAMING
+
+
+class Base(DeclarativeBase):
+    """Declarative base of user_svc."""
+
+    metadata = MetaData(naming_convention=NAMING)
+
+
+class AuditEvent(AuditRow, Base):
+    """Who did what to users and organizations."""
+
+    __tablename__ = "audit_events"
+    __table_args__ = {"postgresql_partition_by": "RANGE (created_at)"}

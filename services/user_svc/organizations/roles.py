@@ -1,0 +1,13 @@
+"""What each role may do: the one table of roles and permissions."""
+
+from clawplane.user.v1.organization_pb2 import Role
+
+_VIEWER = frozenset({"users.get", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read"})
+_DEVELOPER = _VIEWER | {"deployments.create", "deployments.update", "deployments.close", "usage.record"}
+
+PERMISSIONS: dict[int, frozenset[str]] = {
+    Role.ROLE_VIEWER: _VIEWER,
+    Role.ROLE_DEVELOPER: _DEVELOPER,
+    Role.ROLE_ADMIN: _DEVELOPER,
+    Role.ROLE_OWNER: _DEVELOPER,
+}

@@ -1,0 +1,42 @@
+"""Queries on users."""
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from services.user_svc.organizations.models import Membership, Organization
+from services.user_svc.users.models import Identity, User
+
+UserRow = tuple[User, Organization]
+"""A user and the personal organization, which holds tier and subscription status."""
+
+
+async def find(session: AsyncSession, **columns: Any) -> UserRow | None:
+    """The user whose columns have exactly these values."""
+    statement = select(User, Organization).join(Organization, Organization.id == User.personal_org_id).filter_by(**columns)
+    row = (await session.execute(statement)).one_or_none()
+    return (row[0], row[1]) if row else None
+
+
+async def by_identity(session: AsyncSession, provider: str, subject: str) -> UserRow | None:
+    """The user who signs in this way."""
+    user_id = await session.scalar(select(Identity.user_id).where(Identity.provider == provider, Identity.subject == subject))
+    return await find(session, id=user_id) if user_id else None
+
+
+async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[User, str, int] | None:
+    """An active user, the organization ("" asks for the personal one) and the role there."""
+    statement = (
+        select(User, Membership.org_id, Membership.role)
+        .join(Membership, Membership.user_id == User.id)
+        .where(User.id == user_id, User.is_active, Membership.org_id == (org_id or User.personal_org_id))
+    )
+    row = (await session.execute(statement)).one_or_none()
+    return (row[0], row[1], row[2]) if row else None
+
+
+async def taken_usernames(session: AsyncSession, base: str) -> set[str]:
+    """The usernames that are ``base`` or start with ``base-``."""
+    statement = select(User.username).where((User.username == base) | User.username.startswith(f"{base}-", autoescape=True))
+    return set((await session.scalars(statement)).all())
