@@ -11,8 +11,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 PROTO = Path(__file__).resolve().parent
 
 
-def generate(out: Path) -> None:
-    """Writes stubs, type stubs and ``clawplane/descriptors.binpb`` (the image with comments) under ``out``."""
+def generate(out: Path, proto: Path = PROTO) -> None:
+    """Writes stubs, type stubs and ``clawplane/descriptors.binpb`` (the image with comments) of ``proto`` under ``out``."""
     from google.api import annotations_pb2
     from google.protobuf import descriptor_pb2
     from grpc_tools import protoc
@@ -23,11 +23,11 @@ def generate(out: Path) -> None:
             raise RuntimeError(f"protoc failed: {' '.join(arguments)}")
 
     includes = [
-        f"-I{PROTO}",
+        f"-I{proto}",
         f"-I{Path(str(protoc.__file__)).parent / '_proto'}",
         f"-I{Path(str(annotations_pb2.__file__)).parents[2]}",
     ]
-    sources = sorted(str(path.relative_to(PROTO)) for path in PROTO.glob("clawplane/**/*.proto"))
+    sources = sorted(str(path.relative_to(proto)) for path in proto.glob("clawplane/**/*.proto"))
     # protoc-gen-mypy sits beside the interpreter, and a build environment is not on PATH.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
 

@@ -1,12 +1,14 @@
 """The ``clawplane`` command."""
 
 import asyncio
+import sys
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import grpc
+import psutil
 import typer
 import uvloop
 from pydantic import ValidationError
@@ -18,7 +20,6 @@ from services.kit.auth import TokenSigner
 from services.kit.secrets import SecretError
 from services.kit.settings import KitSettings
 
-_STARTED = time.perf_counter()
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
@@ -47,10 +48,10 @@ def up(
     """Run everything in one process on SQLite: both services, the gateway, local bots, a sandbox checkout."""
 
     def announce(target: str, url: str) -> None:
-        took = time.perf_counter() - _STARTED
+        took = time.time() - psutil.Process().create_time()
         out.print(f"\n[bold]Clawplane is up[/] [dim]({took:.1f} s)[/]")
         out.print(f"  gateway  {url}")
-        out.print(f"  gRPC     {target}  [dim]reflection is on: grpcurl -plaintext {target} list[/]")
+        out.print(f"  gRPC     {target}  [dim](grpcurl -plaintext {target} list)[/]", soft_wrap=True)
         out.print("  try      [bold]make demo[/] in another shell; stop with Ctrl-C\n")
 
     _run(embedded.up(host, grpc_port, http_port, data_dir, announce))
@@ -119,7 +120,7 @@ def demo(data_dir: DataDir = None) -> None:
 
 def _run(work: Any) -> None:
     settings = KitSettings()
-    telemetry.configure_logs(settings.log_level)
+    telemetry.configure_logs(settings.log_level, pretty=sys.stderr.isatty())
     try:
         uvloop.run(work)
     except (embedded.StartError, SecretError) as error:

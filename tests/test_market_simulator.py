@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 import pytest_asyncio
@@ -99,7 +99,7 @@ async def test_providers(sim: MarketSimulator, driver: Driver) -> None:
 async def test_the_market_is_blamed(sim: MarketSimulator, driver: Driver, step: str, kind: str) -> None:
     order = await driver.create(spec())
     (offer, *_) = await driver.offers(order)
-    calls = {
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
         "create": lambda: driver.create(spec("other")),
         "find": lambda: driver.find("bot-1"),
         "offers": lambda: driver.offers(order),

@@ -118,7 +118,7 @@ async def test_key_in_use(sim: StripeSimulator, client: stripe.StripeClient) -> 
         await asyncio.sleep(0.01)
     with pytest.raises(stripe.APIError) as conflict:
         await create(client, "k")
-    assert (conflict.value.http_status, conflict.value.code) == (409, "idempotency_key_in_use")
+    assert conflict.value.http_status == 409 and conflict.value.error and conflict.value.error.code == "idempotency_key_in_use"
     # With retries the library waits for the first answer by itself.
     assert (await create(connect(sim, retries=2), "k")).id == (await slow).id
 
@@ -194,7 +194,8 @@ async def test_refund_and_dispute(sim: StripeSimulator, client: stripe.StripeCli
 @pytest.mark.parametrize(("end", "status"), [("settle", "paid"), ("fail", "unpaid")])
 async def test_delayed_payment(sim: StripeSimulator, client: stripe.StripeClient, end: str, status: str) -> None:
     session = await create(client)
-    (first,) = await sim.post(f"/_sim/sessions/{session.id}/pay", **{"async": 1, "amount": 1, "currency": "eur", "livemode": 1})
+    mismatch: dict[str, Any] = {"async": 1, "amount": 1, "currency": "eur", "livemode": 1}
+    (first,) = await sim.post(f"/_sim/sessions/{session.id}/pay", **mismatch)
     assert first["livemode"] and first["data"]["object"]["payment_status"] == "unpaid"
     (second,) = await sim.post(f"/_sim/sessions/{session.id}/{end}")
     assert second["type"] == f"checkout.session.async_payment_{'succeeded' if end == 'settle' else 'failed'}"

@@ -7,6 +7,7 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from sqlalchemy import exc as sa
+from sqlalchemy.orm.exc import StaleDataError
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 
@@ -148,7 +149,7 @@ def from_exception(error: BaseException) -> Error:
         return error
     if isinstance(error, sa.IntegrityError):
         return _integrity(error)
-    if is_retryable(error) or isinstance(error, sa.orm.exc.StaleDataError):
+    if is_retryable(error) or isinstance(error, StaleDataError):
         return Conflict("the resource was changed by someone else; read it again and repeat", retry_after_s=0.1)
     if isinstance(error, sa.TimeoutError):
         return Unavailable("the database is busy", retry_after_s=1)

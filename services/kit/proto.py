@@ -23,7 +23,8 @@ def to_proto(row: Any, kind: type[M]) -> M:
     """A message with every field that the row has under the same name; ``etag`` from the row's version."""
     message = kind()
     for field in kind.DESCRIPTOR.fields:
-        value = getattr(row, field.name, None)
+        # An attribute may carry an underscore where its own name means something else on a model (metadata).
+        value = getattr(row, f"{field.name}_", None) if hasattr(row, f"{field.name}_") else getattr(row, field.name, None)
         if value is None:
             continue
         if isinstance(value, datetime):

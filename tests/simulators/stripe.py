@@ -20,11 +20,12 @@ from starlette.routing import Route
 from tests.simulators.market import Faults, SimulatorProcess, cut, never, serve
 
 VERSION = "2026-10-28.endive"
-PARAMETERS = frozenset(
-    "after_expiration allow_promotion_codes automatic_tax billing_address_collection cancel_url client_reference_id custom_text"
-    " customer customer_creation customer_email expand expires_at line_items locale metadata mode payment_intent_data"
-    " payment_method_types phone_number_collection submit_type success_url ui_mode".split()
-)
+PARAMETERS = {
+    "after_expiration", "allow_promotion_codes", "automatic_tax", "billing_address_collection", "cancel_url",
+    "client_reference_id", "custom_text", "customer", "customer_creation", "customer_email", "expand", "expires_at",
+    "line_items", "locale", "metadata", "mode", "payment_intent_data", "payment_method_types", "phone_number_collection",
+    "submit_type", "success_url", "ui_mode",
+}  # fmt: skip
 Json = dict[str, Any]
 
 
@@ -173,7 +174,7 @@ class Account:
     def emit(self, kind: str, thing: Json, options: Json, previous: Json | None = None) -> list[Json]:
         data = {"object": copy.deepcopy(thing)} | ({"previous_attributes": previous} if previous else {})
         event = {
-            "id": fresh("evt"), "object": "event", "api_version": VERSION, "created": int(options.get("created", time.time())),
+            "id": fresh("evt"), "object": "event", "api_version": VERSION, "created": int(options.get("created") or time.time()),
             "data": data, "livemode": thing["livemode"], "pending_webhooks": 1, "request": {"id": None, "idempotency_key": None},
             "type": kind,
         }  # fmt: skip
@@ -212,7 +213,7 @@ class Account:
         session = self.find("checkout.session", identity)
         if session["status"] != "open":
             raise Refused(f"The session is {session['status']}: nobody can pay it", "session")
-        session["amount_total"] = session["amount_subtotal"] = int(options.get("amount", session["amount_total"]))
+        session["amount_total"] = session["amount_subtotal"] = int(options.get("amount") or session["amount_total"])
         session["currency"] = options.get("currency", session["currency"])
         session["livemode"] = options.get("livemode", "0").lower() in {"1", "true"}
         intent = {
@@ -260,7 +261,7 @@ class Account:
     def refund(self, identity: str, options: Json) -> list[Json]:
         charge = self._charge(identity)
         before = charge["amount_refunded"]
-        amount = int(options.get("amount", charge["amount"] - before))
+        amount = int(options.get("amount") or charge["amount"] - before)
         if not 0 < amount <= charge["amount"] - before:
             raise Refused("The refund is greater than what is left of the charge", "amount", "charge_already_refunded")
         charge.update(amount_refunded=before + amount, refunded=before + amount == charge["amount"])
@@ -270,7 +271,7 @@ class Account:
         charge = self._charge(identity)
         charge["disputed"] = True
         dispute = {
-            "id": fresh("du"), "object": "dispute", "amount": int(options.get("amount", charge["amount"])),
+            "id": fresh("du"), "object": "dispute", "amount": int(options.get("amount") or charge["amount"]),
             "charge": charge["id"], "created": int(time.time()), "currency": charge["currency"], "is_charge_refundable": False,
             "livemode": charge["livemode"], "metadata": {}, "payment_intent": identity, "reason": "fraudulent",
             "status": "needs_response",
@@ -323,7 +324,7 @@ class Account:
                 return self.expanded(self.find("charge", identity), expand)
             case "GET", ["events"]:
                 types = set(form.get("types", {}).values()) | ({form["type"]} if "type" in form else set())
-                newest = sorted(reversed(self.events), key=lambda one: -one["created"])
+                newest = sorted(self.events, key=lambda one: int(one["created"]))[::-1]
                 return self.page([one for one in newest if not types or one["type"] in types], form, path)
         raise Refused(f"Unrecognized request URL ({method}: {path}).", status=404)
 

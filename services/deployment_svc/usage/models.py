@@ -55,8 +55,8 @@ class UsageEvent(Tenant, Base):
     status: Mapped[int] = mapped_column(USAGE_STATUS)
     operation_id: Mapped[str] = mapped_column(String(100))
     attempt: Mapped[int] = mapped_column(Integer)
-    # "metadata" is SQLAlchemy's own name on a model.
-    labels: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
+    # "metadata" alone is SQLAlchemy's own name on a model.
+    metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)
 
 

@@ -78,7 +78,7 @@ def to_row(event: pb.UsageEvent, caller: Caller, org_id: str, when: datetime, at
         "status": event.status or pb.USAGE_STATUS_OK,
         "operation_id": event.operation_id,
         "attempt": event.attempt,
-        "labels": dict(event.metadata),
+        "metadata_": dict(event.metadata),
         "created_at": at,
     }
 

@@ -50,10 +50,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
             stored = await repository.store(session, [row])
             event = await repository.find(session, row["id"], row["month"])
             assert event is not None
-            message = to_proto(event, usage_event_pb2.UsageEvent)
-            message.ClearField("metadata")
-            message.metadata.update(event.labels)
-            return usage_service_pb2.RecordUsageResponse(event=message, duplicate=not stored)
+            return usage_service_pb2.RecordUsageResponse(event=to_proto(event, usage_event_pb2.UsageEvent), duplicate=not stored)
 
         response: usage_service_pb2.RecordUsageResponse = await call.run(work)
         return response

@@ -1,0 +1,43 @@
+# Needs Python 3.11 and make; everything else comes from the package registries.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+SOURCES = $(shell find proto services gateway migrations -name '*.proto' -o -name 'build_hook.py') pyproject.toml
+
+.PHONY: up demo test lint soak bench clean
+
+up: $(VENV)/run.stamp ## run everything in one process
+	@exec $(BIN)/clawplane up $(ARGS)
+
+demo: $(VENV)/run.stamp ## the whole loop, against the running stack or one of its own
+	@$(BIN)/clawplane demo $(ARGS)
+
+test: $(VENV)/test.stamp ## the suite, on SQLite and PostgreSQL
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak" $(ARGS)
+
+lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tests
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python proto/check.py
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+soak: $(VENV)/test.stamp ## the long proofs
+	$(BIN)/python -m pytest -m soak -s $(ARGS)
+
+clean: ## forget the environment and the embedded default's data
+	rm -rf $(VENV) proto/gen .clawplane
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: $(SOURCES) requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/test.stamp: requirements-dev.txt $(VENV)/run.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	@touch $@

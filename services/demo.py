@@ -1,0 +1,253 @@
+"""``clawplane demo``: the whole loop, once, against a running stack or one of its own."""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import grpc
+import httpx
+from rich.console import Console
+
+from clawplane.deployment.v1 import (
+    blacklist_service_pb2,
+    blacklist_service_pb2_grpc,
+    deployment_pb2,
+    deployment_service_pb2,
+    deployment_service_pb2_grpc,
+    usage_service_pb2,
+    usage_service_pb2_grpc,
+)
+from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from services.kit import devkeys
+from services.kit.auth import TokenSigner
+from services.kit.settings import KitSettings
+
+T = TypeVar("T")
+_WAIT_S = 60.0
+
+
+class DemoError(Exception):
+    """A step did not do what it should."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """The stack that the demo talks to."""
+
+    grpc: str
+    http: str
+    data_dir: Path
+
+
+async def run_demo(data_dir: Path, out: Console) -> int:
+    """Runs the demo and returns the exit status."""
+    try:
+        async with _stack(data_dir, out) as where:
+            await Demo(where, out).run()
+    except (DemoError, grpc.aio.AioRpcError, httpx.HTTPError) as error:
+        text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error) or repr(error)
+        out.print(f"[red]✗ {text}[/]")
+        return 1
+    return 0
+
+
+@asynccontextmanager
+async def _stack(data_dir: Path, out: Console) -> AsyncIterator[Where]:
+    """The stack that runs on ``data_dir``, or a fresh one that is stopped afterwards."""
+    running = await _running(data_dir)
+    if running:
+        out.print(f"[dim]using the stack at {running.http}[/]")
+        yield running
+        return
+    with tempfile.TemporaryDirectory(prefix="clawplane-demo-") as folder:
+        ports = _free_ports()
+        out.print("[dim]no stack is running: starting one for this demo[/]")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.cli", "up", "--data-dir", folder, "--grpc-port", str(ports[0]), "--http-port", str(ports[1]),
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, env=os.environ | {"CLAWPLANE_LOG_LEVEL": "error"},
+        )  # fmt: skip
+        try:
+            found = await _until("the stack to start", lambda: _running(Path(folder)))
+            yield found
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+                await process.wait()
+            out.print("[dim]stopped the stack again[/]")
+
+
+def _free_ports() -> tuple[int, int]:
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return int(first.getsockname()[1]), int(second.getsockname()[1])
+
+
+async def _running(data_dir: Path) -> Where | None:
+    try:
+        note = json.loads((data_dir / "up.json").read_text())
+        async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
+            answer = await client.get(f"{note['http']}/readyz")
+    except (OSError, ValueError, KeyError, httpx.HTTPError):
+        return None
+    return Where(note["grpc"], note["http"], data_dir) if answer.status_code == 200 else None
+
+
+async def _until(what: str, check: Callable[[], Awaitable[T | None]]) -> T:
+    deadline = time.monotonic() + _WAIT_S
+    while time.monotonic() < deadline:
+        found = await check()
+        if found:
+            return found
+        await asyncio.sleep(0.1)
+    raise DemoError(f"waited {_WAIT_S:.0f} s for {what}")
+
+
+class Demo:
+    """One run: a customer's way through the gateway, and an operator's through gRPC."""
+
+    def __init__(self, where: Where, out: Console) -> None:
+        self.where, self.out = where, out
+        self.keys = devkeys.load_or_make(where.data_dir)
+        self.signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]
+        self.operator = (("authorization", f"Bearer {self.keys['operator_token']}"),)
+
+    def say(self, text: str) -> None:
+        """One line for a step that is done."""
+        self.out.print(f"[green]✓[/] {text}", soft_wrap=True)
+
+    async def run(self) -> None:
+        """Every step, in order."""
+        channel = grpc.aio.insecure_channel(self.where.grpc, options=[("grpc.enable_http_proxy", 0)])
+        async with channel, httpx.AsyncClient(base_url=self.where.http, trust_env=False, timeout=30) as http:
+            self.http = http
+            self.users = user_service_pb2_grpc.UserServiceStub(channel)
+            self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
+            self.usage = usage_service_pb2_grpc.UsageServiceStub(channel)
+            self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(channel)
+            ann, bob = await self._person("Ann"), await self._person("Bob")
+            first = await self._order_and_pay(ann)
+            live = await self._live(ann, first)
+            await self._chat(live)
+            await self._summary(ann, live)
+            second = await self._elsewhere(bob, live.provider)
+            await self._close(ann, live)
+            await self._close(bob, second)
+
+    async def _person(self, name: str) -> dict[str, str]:
+        wish = user_pb2.User(email=f"{name.lower()}.{secrets.token_hex(4)}@example.com", full_name=name)
+        user = await self.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=self.operator)
+        self.say(f"user {user.username} with an organization of their own ({user.personal_org_id})")
+        return {"authorization": f"Bearer {self.signer.sign(['*'], user=user.id)}"}
+
+    async def _order(self, person: dict[str, str], token: str) -> dict[str, Any]:
+        body = {"model": "claude-opus-4.5", "channel": "CHANNEL_TELEGRAM", "channelToken": token}
+        return await self._json(self.http.post("/v1/deployments", json=body, headers=person))
+
+    async def _order_and_pay(self, person: dict[str, str]) -> dict[str, Any]:
+        token = f"123456789:{secrets.token_urlsafe(40)[:35]}"
+        first = await self._order(person, token)
+        self.say(f"ordered {first['id']} for ${int(first['priceMinor']) / 100:.2f}: {first['paymentUrl']}")
+        again = await self._order(person, token)
+        if (again["id"], again["paymentUrl"]) != (first["id"], first["paymentUrl"]):
+            raise DemoError("a duplicate click made a second deployment or page")
+        self.say("a duplicate click got the same deployment and the same payment page")
+        await self._pay(first)
+        return first
+
+    async def _pay(self, d: dict[str, Any]) -> None:
+        answer = await self.http.post(f"{urlsplit(d['paymentUrl']).path}/pay", headers={"accept": "application/json"})
+        if answer.status_code != 200:
+            raise DemoError(f"paying answered {answer.status_code}: {answer.text}")
+        self.say("paid on the sandbox page; the signed webhook went through the gateway")
+
+    async def _live(self, person: dict[str, str], d: dict[str, Any]) -> deployment_pb2.Deployment:
+        seen: set[int] = set()
+
+        async def check() -> deployment_pb2.Deployment | None:
+            now = await self._get(person, d["id"])
+            if now.state == deployment_pb2.STATE_DEPLOYING and now.state not in seen:
+                self.say("DEPLOYING: looking for a provider")
+            seen.add(now.state)
+            return now if now.state == deployment_pb2.STATE_ACTIVE else None
+
+        live = await _until("the bot to be ACTIVE", check)
+        if deployment_pb2.STATE_DEPLOYING not in seen:
+            self.say("DEPLOYING: was over before we looked")
+        self.say(f"ACTIVE at {live.provider}: {live.provider_url}")
+        return live
+
+    async def _get(self, person: dict[str, str], deployment_id: str) -> deployment_pb2.Deployment:
+        request = deployment_service_pb2.GetDeploymentRequest(id=deployment_id)
+        return await self.deployments.GetDeployment(request, metadata=tuple(person.items()))
+
+    async def _chat(self, live: deployment_pb2.Deployment) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=10) as bot:
+            for text in ("Hello! Who are you?", "What can you do for me?"):
+                reply = await self._json(bot.post(f"{live.provider_url}/chat", json={"message": text}))
+                self.say(f"chat: {text} [dim]→ {reply['reply']}[/]")
+
+    async def _summary(self, person: dict[str, str], live: deployment_pb2.Deployment) -> None:
+        request = usage_service_pb2.SummarizeUsageRequest(
+            group_by=[usage_service_pb2.USAGE_GROUP_DAY, usage_service_pb2.USAGE_GROUP_MODEL], deployment_id=live.id
+        )
+
+        async def check() -> usage_service_pb2.SummarizeUsageResponse | None:
+            found = await self.usage.SummarizeUsage(request, metadata=tuple(person.items()))
+            return found if found.total.events == 2 else None
+
+        found = await _until("the bot's usage to be counted", check)
+        self.say(f"usage: the bot reported {found.total.events} calls with its own key, {found.total.tokens_total} tokens")
+        for row in found.sums:
+            self.say(f"summary: {row.day} {row.model}: {row.tokens_in} in, {row.tokens_out} out, {row.cost} {row.currency.upper()}")
+
+    async def _elsewhere(self, person: dict[str, str], provider: str) -> deployment_pb2.Deployment:
+        add = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=provider, reason="demo")
+        await self.blacklist.AddBlacklistEntry(add, metadata=self.operator)
+        try:
+            self.say(f"an operator blacklisted {provider}")
+            d = await self._order(person, f"987654321:{secrets.token_urlsafe(40)[:35]}")
+            await self._pay(d)
+            live = await self._live(person, d)
+            if live.provider == provider:
+                raise DemoError("the blacklisted provider was chosen again")
+            self.say(f"the next bot went elsewhere: {live.provider}")
+            return live
+        finally:
+            remove = blacklist_service_pb2.RemoveBlacklistEntryRequest(provider_address=provider)
+            await self.blacklist.RemoveBlacklistEntry(remove, metadata=self.operator)
+
+    async def _close(self, person: dict[str, str], live: deployment_pb2.Deployment) -> None:
+        await self._json(self.http.post(f"/v1/deployments/{live.id}:close", json={}, headers=person))
+
+        async def check() -> bool | None:
+            return (await self._get(person, live.id)).state == deployment_pb2.STATE_CLOSED or None
+
+        await _until("the bot to be CLOSED", check)
+        async with httpx.AsyncClient(trust_env=False, timeout=2) as bot:
+            try:
+                await bot.get(f"{live.provider_url}/health")
+            except httpx.TransportError:
+                self.say(f"CLOSED: nothing answers at {live.provider_url} any more")
+                return
+        raise DemoError("the bot still answers after it was closed")
+
+    async def _json(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
+        answer = await request
+        if answer.is_error:
+            raise DemoError(f"{answer.request.method} {answer.request.url.path} answered {answer.status_code}: {answer.text}")
+        found: dict[str, Any] = answer.json()
+        return found
