@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SOURCES = $(shell find proto services gateway migrations -name '*.proto' -o -name 'build_hook.py') pyproject.toml
 
-.PHONY: up demo test lint soak bench clean
+.PHONY: up demo test lint soak package clean
 
 up: $(VENV)/run.stamp ## run everything in one process
 	@exec $(BIN)/clawplane up $(ARGS)
@@ -13,7 +13,7 @@ demo: $(VENV)/run.stamp ## the whole loop, against the running stack or one of i
 	@$(BIN)/clawplane demo $(ARGS)
 
 test: $(VENV)/test.stamp ## the suite, on SQLite and PostgreSQL
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak and not package" $(ARGS)
 
 lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tests
 	$(BIN)/ruff check .
@@ -24,19 +24,26 @@ lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tes
 soak: $(VENV)/test.stamp ## the long proofs
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
 
+package: $(VENV)/test.stamp ## the wheel, in an empty environment, against a running stack
+	$(BIN)/python -m pytest -m package -s $(ARGS)
+
 clean: ## forget the environment and the embedded default's data
 	rm -rf $(VENV) proto/gen .clawplane
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@echo "making $(VENV) (once; about half a minute)"
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.stamp: $(SOURCES) requirements.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
+	@echo "installing what Clawplane needs, pinned by hash"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	@echo "making the stubs from the contracts"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 $(VENV)/test.stamp: requirements-dev.txt $(VENV)/run.stamp
-	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@echo "installing what tests and checks need"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp

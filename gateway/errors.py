@@ -6,11 +6,12 @@ from typing import Any
 
 import grpc
 import orjson
-from clawplane.errors.v1 import errors_pb2
 from google.protobuf import any_pb2, json_format
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from starlette.responses import Response
+
+from clawplane.errors.v1 import errors_pb2
 
 # The import of error_details_pb2 also registers the messages that services put into a status: json_format prints them by name.
 DOMAIN = "clawplane"

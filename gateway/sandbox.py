@@ -9,14 +9,14 @@ from urllib.parse import urlsplit
 import grpc
 import jinja2
 import orjson
-from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_service_pb2_grpc, sandbox_session_pb2
-from clawplane.errors.v1 import errors_pb2
 from google.rpc import code_pb2
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_service_pb2_grpc, sandbox_session_pb2
+from clawplane.errors.v1 import errors_pb2
 from gateway import sandbox_events
 from gateway.errors import ApiError, code_of, from_rpc, make_status, not_found
 from gateway.sandbox_events import ACTIONS, status_word

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import orjson
 import structlog
-from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_session_pb2
 
+from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_session_pb2
 from gateway.webhooks import stripe
 
 TRY_DELAYS_S = (0.0, 0.2, 0.6, 1.5)
@@ -43,10 +43,7 @@ def status_word(session: sandbox_session_pb2.SandboxSession) -> str:
 
 def build(session: sandbox_session_pb2.SandboxSession, action: Action, now_s: int) -> dict[str, Any]:
     """The event, in Stripe's form, that follows from an action."""
-    if action.event_type == "charge.refunded":
-        thing = _charge(session)
-    else:
-        thing = _session(session, action)
+    thing = _charge(session) if action.event_type == "charge.refunded" else _session(session, action)
     return {
         "id": f"evt_sandbox_{secrets.token_hex(12)}",
         "object": "event",

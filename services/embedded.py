@@ -130,17 +130,18 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def until_stopped() -> None:
-    """Waits for SIGTERM or SIGINT."""
+def stop_event() -> asyncio.Event:
+    """Set by SIGTERM or SIGINT from now on. Asked for first, so that a stop during the start is an orderly one too."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await stop.wait()
+    return stop
 
 
 async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, announce: Any) -> None:
     """Both services and the gateway in this process, until it is told to stop; then the local bots are stopped too."""
+    stop = stop_event()
     target, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
     user = load_settings(UserSettings, data_dir)
     public = {"public_url": url} if "CLAWPLANE_PUBLIC_URL" not in os.environ else {}
@@ -158,7 +159,7 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
     note.write_text(json.dumps({"pid": os.getpid(), "grpc": target, "http": url}))
     announce(target, url)
     try:
-        await until_stopped()
+        await stop.wait()
     finally:
         note.unlink(missing_ok=True)
         await stack.stop()
@@ -170,7 +171,7 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
 
 async def serve(part: str, host: str, port: int) -> None:
     """One service alone, as in production."""
-    stack = Stack()
+    stop, stack = stop_event(), Stack()
     if part == "user":
         user = load_settings(UserSettings)
         await migrate_all(user, None)
@@ -182,6 +183,6 @@ async def serve(part: str, host: str, port: int) -> None:
     else:
         await stack.start_gateway(load_settings(GatewaySettings, http_host=host, http_port=port))
     try:
-        await until_stopped()
+        await stop.wait()
     finally:
         await stack.stop()

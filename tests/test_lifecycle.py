@@ -1,9 +1,6 @@
 """The main job: ordered, paid, live, counted, closed."""
 
-import asyncio
 
-import grpc
-import pytest
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
 from tests.harness import Person, Stack

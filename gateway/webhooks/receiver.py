@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 
 import grpc
 import structlog
-from clawplane.deployment.v1 import payment_pb2, payment_service_pb2, payment_service_pb2_grpc
-from clawplane.errors.v1 import errors_pb2
 from google.rpc import code_pb2
 from starlette.requests import Request
 from starlette.responses import Response
 
+from clawplane.deployment.v1 import payment_pb2, payment_service_pb2, payment_service_pb2_grpc
+from clawplane.errors.v1 import errors_pb2
 from gateway import strictjson
 from gateway.errors import ApiError, code_of, from_rpc, invalid, make_status
 from gateway.settings import GatewaySettings

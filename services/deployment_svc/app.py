@@ -21,7 +21,6 @@ from services.deployment_svc.payments.checkout import Checkout
 from services.deployment_svc.payments.links import Links
 from services.deployment_svc.payments.reconcile import PaymentChecker
 from services.deployment_svc.payments.service import PaymentService
-from services.deployment_svc.payments.stripe import StripeCheckout
 from services.deployment_svc.providers.driver import Driver
 from services.deployment_svc.providers.local import LocalDriver
 from services.deployment_svc.sandbox.checkout import SandboxCheckout
@@ -92,6 +91,9 @@ def _checkouts(db: Database, settings: DeploymentSettings) -> dict[str, Checkout
     if settings.sandbox_enabled:
         checkouts["sandbox"] = SandboxCheckout(db, settings)
     if settings.stripe_api_key.get_secret_value() or settings.payment_provider == "stripe":
+        # The library takes a fifth of a second to load, which the embedded default need not pay.
+        from services.deployment_svc.payments.stripe import StripeCheckout
+
         checkouts["stripe"] = StripeCheckout(settings)
     return checkouts
 

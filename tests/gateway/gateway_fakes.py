@@ -9,6 +9,11 @@ from typing import Any
 import grpc
 import httpx
 import uvicorn
+from gateway_echo import echo_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+
 from clawplane.deployment.v1 import (
     deployment_pb2,
     deployment_service_pb2_grpc,
@@ -18,11 +23,6 @@ from clawplane.deployment.v1 import (
     sandbox_session_pb2,
 )
 from clawplane.user.v1 import user_pb2, user_service_pb2_grpc
-from gateway_echo import echo_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
-
 from gateway.app import create_app
 from gateway.settings import GatewaySettings
 

@@ -2,9 +2,9 @@
 
 import grpc
 import pytest
-from clawplane.deployment.v1 import payment_pb2
 from gateway_fakes import DEPLOYMENT_ID, SERVICE_TOKEN, SESSION_ID, Platform, Stack, running
 
+from clawplane.deployment.v1 import payment_pb2
 from gateway import sandbox_events
 
 pytestmark = pytest.mark.asyncio

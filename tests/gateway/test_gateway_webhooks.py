@@ -7,11 +7,11 @@ import grpc
 import httpx
 import orjson
 import pytest
-from clawplane.deployment.v1 import payment_pb2
 from gateway_fakes import DEPLOYMENT_ID, SANDBOX_SECRET, SERVICE_TOKEN, STRIPE_SECRET, STRIPE_SECRET_2, Platform, Stack, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clawplane.deployment.v1 import payment_pb2
 from gateway.webhooks import stripe
 
 pytestmark = pytest.mark.asyncio
