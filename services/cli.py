@@ -15,10 +15,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from services import embedded
+from services.deployment_svc.settings import DeploymentSettings
 from services.kit import telemetry
 from services.kit.auth import TokenSigner
 from services.kit.secrets import SecretError
 from services.kit.settings import KitSettings
+from services.user_svc.settings import UserSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -73,8 +75,8 @@ def migrate(part: Annotated[Part | None, typer.Argument(help="Only this service;
     if part is Part.gateway:
         err.print("[red]the gateway has no database[/]")
         raise typer.Exit(2)
-    user = embedded.load_settings(embedded.UserSettings) if part in (None, Part.user) else None
-    deployment = embedded.load_settings(embedded.DeploymentSettings) if part in (None, Part.deployment) else None
+    user = embedded.load_settings(UserSettings) if part in (None, Part.user) else None
+    deployment = embedded.load_settings(DeploymentSettings) if part in (None, Part.deployment) else None
     _run(embedded.migrate_all(user, deployment))
     out.print("databases are up to date")
 

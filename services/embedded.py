@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import prometheus_client
 import structlog
 import uvicorn
 
@@ -41,11 +42,12 @@ class StartError(Exception):
 
 def load_settings(kind: type[S], data_dir: Path | None = None, **given: Any) -> S:
     """Settings from the environment; ``given`` wins. In development, keys that nobody gave are made once and kept in the data directory."""
-    base = KitSettings(**({"data_dir": data_dir} if data_dir else {}))
+    where: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
+    base = KitSettings(**where)
     if base.environment == "development":
         made = devkeys.settings_for(devkeys.load_or_make(base.data_dir), _ISSUERS.get(kind, "cli"))
         made |= {"sandbox_enabled": True}
-        defaults = {name: value for name, value in made.items() if f"CLAWPLANE_{name.upper()}" not in os.environ}
+        defaults: dict[str, Any] = {name: value for name, value in made.items() if f"CLAWPLANE_{name.upper()}" not in os.environ}
     else:
         defaults = {"service_name": _ISSUERS.get(kind, "cli")} if "CLAWPLANE_SERVICE_NAME" not in os.environ else {}
     return kind(**(defaults | {"data_dir": base.data_dir} | given))
@@ -172,6 +174,9 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
 async def serve(part: str, host: str, port: int) -> None:
     """One service alone, as in production."""
     stop, stack = stop_event(), Stack()
+    base = KitSettings()
+    if base.metrics_port:
+        prometheus_client.start_http_server(base.metrics_port, addr=host)
     if part == "user":
         user = load_settings(UserSettings)
         await migrate_all(user, None)

@@ -39,6 +39,7 @@ class KitSettings(BaseSettings):
     max_concurrent_calls: int = Field(500, ge=1, description="unary calls handled at once; more are refused at once")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="largest message that is read")
     rate_limit: str = Field("6000/minute", description="calls of one subject; services and operators have none")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics of a service alone; 0: none")
     drain_timeout_s: float = Field(5, gt=0, description="time that calls in flight get to finish when the process stops")
 
     def seed(self) -> bytes:
