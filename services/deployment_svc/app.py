@@ -48,7 +48,7 @@ def create_app(settings: DeploymentSettings) -> App:
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)
     checker = PaymentChecker(links)
-    reconciler = Reconciler(Steps(db, settings, box, driver), lambda: provisioning.wake())
+    reconciler = Reconciler(Steps(db, settings, box, driver), lambda: provisioning.wake())  # noqa: PLW0108 - it is made below
 
     async def make_partitions() -> bool:
         await partitions.ensure(db, PARTITIONED)

@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, Dialect, Numeric, String, Uuid
 from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 from sqlalchemy.types import TypeDecorator
@@ -91,7 +90,8 @@ class ProtoEnum(TypeDecorator[int]):
     impl = String(32)
     cache_ok = False
 
-    def __init__(self, enum: "EnumTypeWrapper[Any]") -> None:
+    def __init__(self, enum: Any) -> None:
+        """``enum``: a generated enum, for instance ``State``."""
         super().__init__()
         names = {value.name: value.number for value in enum.DESCRIPTOR.values}
         zero = next(name for name, number in names.items() if number == 0)

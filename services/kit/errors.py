@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from sqlalchemy import exc as sa
 from sqlalchemy.orm.exc import StaleDataError
@@ -47,8 +48,8 @@ class InvalidArgument(Error):
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = ErrorReason.ERROR_REASON_INVALID_FIELD
 
-    def __init__(self, field: str, problem: str, **kwargs: "ErrorReason.ValueType") -> None:
-        super().__init__(f"{field}: {problem}" if field else problem, violations=[(field, problem)], **kwargs)
+    def __init__(self, field: str, problem: str, reason: "ErrorReason.ValueType | None" = None) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem, violations=[(field, problem)], reason=reason)
 
 
 class InvalidFields(Error):
@@ -129,8 +130,8 @@ class Unavailable(Error):
     code = grpc.StatusCode.UNAVAILABLE
     reason = ErrorReason.ERROR_REASON_DEPENDENCY_UNAVAILABLE
 
-    def __init__(self, message: str, retry_after_s: float = 1, **kwargs: "ErrorReason.ValueType") -> None:
-        super().__init__(message, retry_after_s=retry_after_s, **kwargs)
+    def __init__(self, message: str, retry_after_s: float = 1, reason: "ErrorReason.ValueType | None" = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, reason=reason)
 
 
 class Internal(Error):
@@ -207,9 +208,7 @@ def to_status(error: Error, request_id: str) -> status_pb2.Status:
     return status_pb2.Status(code=number, message=error.message, details=details)
 
 
-def _pack(
-    message: "error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo | error_details_pb2.RequestInfo",
-) -> any_pb2.Any:
+def _pack(message: Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed

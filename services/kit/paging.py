@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 async def page(
     session: AsyncSession,
-    statement: Select[tuple[R]],
+    statement: Select[R],
     key: InstrumentedAttribute[str],
     request: Message,
     *,

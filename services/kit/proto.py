@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from google.api import field_behavior_pb2
 from google.protobuf import struct_pb2, timestamp_pb2
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -73,13 +73,13 @@ def _behaviour(descriptor: Descriptor, name: str) -> frozenset[int]:
     return frozenset(options.Extensions[field_behavior_pb2.field_behavior])
 
 
-def _is_set(message: Message, field: FieldDescriptor) -> bool:
+def _is_set(message: Message, field: Any) -> bool:
     if field.has_presence:
         return message.HasField(field.name)
     return bool(getattr(message, field.name))
 
 
-def _python(message: Message, field: FieldDescriptor) -> Any:
+def _python(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if isinstance(value, timestamp_pb2.Timestamp):
         return to_datetime(value) if message.HasField(field.name) else None

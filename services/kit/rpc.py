@@ -24,7 +24,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
 from services.kit import errors, ids, telemetry
-from services.kit.audit import AuditRow
 from services.kit.auth import PUBLIC, Authenticator, Caller
 from services.kit.db import Database
 from services.kit.settings import KitSettings
@@ -32,6 +31,7 @@ from services.kit.settings import KitSettings
 log = structlog.get_logger()
 _PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
 _NO_SIDE_EFFECTS = 1
+Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 @dataclass
@@ -42,7 +42,8 @@ class Kit:
     settings: KitSettings
     db: Database
     authenticator: Authenticator
-    audit_model: type[AuditRow]
+    audit_model: Any
+    """The service's own AuditEvent, a subclass of AuditRow."""
     in_flight: int = 0
     draining: bool = False
     streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
@@ -146,7 +147,7 @@ class Registrar:
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """The generated code calls this first; the wrapped handlers follow in the other call."""
 
-    def add_registered_method_handlers(self, service: str, handlers: dict[str, grpc.RpcMethodHandler]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
         """Wraps and registers."""
         descriptor = descriptor_pool.Default().FindServiceByName(service)
         wrapped = {name: wrap(handler, Plan.of(descriptor.methods_by_name[name]), self.kit) for name, handler in handlers.items()}
@@ -178,9 +179,10 @@ def _field_with_nul(message: Message) -> str:
     return ""
 
 
-def wrap(handler: grpc.RpcMethodHandler, plan: Plan, kit: Kit) -> grpc.RpcMethodHandler:
+def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     """The handler with everything that each RPC needs around it."""
     deserialize = handler.request_deserializer
+    assert deserialize is not None
 
     def tolerant(raw: bytes) -> Any:
         try:

@@ -68,7 +68,7 @@ class Server:
 
     def _add_reflection(self) -> None:
         servicer = reflection.aio.ReflectionServicer(self.names)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
         # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
         handler = grpc.stream_stream_rpc_method_handler(
             servicer.ServerReflectionInfo,

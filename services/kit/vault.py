@@ -1,5 +1,7 @@
 """A service's secret box, and the canary that tells a wrong key before any secret is lost."""
 
+from typing import Any
+
 from sqlalchemy import String, select
 from sqlalchemy.orm import Mapped, mapped_column
 
@@ -24,7 +26,7 @@ def open_box(settings: KitSettings) -> SecretBox:
     return SecretBox(keys, settings.encryption_key_id, decode_key(settings.hmac_key, "hmac_key"))
 
 
-async def check_keys(db: Database, box: SecretBox, model: type[CanaryRow]) -> None:
+async def check_keys(db: Database, box: SecretBox, model: Any) -> None:
     """SecretError when a key differs from the one that the database was written with. Plants the canary of a new key."""
     async with db.transaction(ALL) as session:
         rows = {row.key_id: row for row in (await session.scalars(select(model))).all()}

@@ -9,7 +9,7 @@ from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.kit.columns import now
 
 
-def in_force() -> Select[tuple[BlacklistEntry]]:
+def in_force() -> Select[BlacklistEntry]:
     """The entries that exclude now."""
     return select(BlacklistEntry).where(or_(BlacklistEntry.expires_at.is_(None), BlacklistEntry.expires_at > now()))
 

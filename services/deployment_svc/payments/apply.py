@@ -2,7 +2,7 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1.payment_pb2 import PaymentEvent
@@ -114,7 +114,7 @@ async def _adopt_page(session: AsyncSession, d: Deployment, event: PaymentEvent)
     return link
 
 
-def _is_payment(event: PaymentEvent, key: str) -> tuple[object, ...]:
+def _is_payment(event: PaymentEvent, key: str) -> tuple[ColumnElement[bool], ...]:
     return (Payment.provider == event.provider, Payment.external_id == key)
 
 

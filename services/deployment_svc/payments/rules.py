@@ -47,9 +47,8 @@ def merge_payment(payment: Payment, event: PaymentEvent, at: datetime) -> None:
     }.get(event.kind)
     if wanted == SUCCEEDED:
         payment.status = max(payment.status, SUCCEEDED)
-    elif wanted is not None and payment.status < SUCCEEDED:
-        if at > payment.last_event_at or (at == payment.last_event_at and wanted > payment.status):
-            payment.status, payment.last_event_at = wanted, at
+    elif wanted is not None and payment.status < SUCCEEDED and (at, wanted) > (payment.last_event_at, payment.status):
+        payment.status, payment.last_event_at = wanted, at
     if event.kind == REFUND:
         payment.refunded_minor = max(payment.refunded_minor, event.refunded_minor)
     if event.kind == DISPUTE:

@@ -240,7 +240,8 @@ def _provider(model: str) -> str:
 
 _PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Bot</title>
 <style>body{font:16px/1.5 system-ui;max-width:40rem;margin:2rem auto;padding:0 1rem}#log{white-space:pre-wrap}input{width:100%}</style>
-<h1>A bot on MODEL</h1><div id="log" role="log"></div><form><label>Say something <input name="m" autocomplete="off" autofocus></label></form>
+<h1>A bot on MODEL</h1><div id="log" role="log"></div>
+<form><label>Say something <input name="m" autocomplete="off" autofocus></label></form>
 <script>document.forms[0].onsubmit=async e=>{e.preventDefault();const f=e.target.m,log=document.getElementById('log');
 log.append('You: '+f.value+'\\n');const r=await fetch('/chat',{method:'POST',body:JSON.stringify({message:f.value})});
 log.append('Bot: '+((await r.json()).reply||'?')+'\\n\\n');f.value=''}</script>"""

@@ -2,6 +2,7 @@
 
 import secrets as random
 from datetime import timedelta
+from typing import Literal
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -67,7 +68,8 @@ class SandboxCheckout:
         return Charge(payment_id, row.amount_minor, row.currency, False, row.refunded_minor, False)
 
     def _facts(self, row: SandboxSession) -> Session:
-        status = "open" if row.status == OPEN else "complete" if row.status == COMPLETE else "expired"
+        words: dict[int, Literal["open", "complete", "expired"]] = {OPEN: "open", COMPLETE: "complete", EXPIRED: "expired"}
+        status = words[row.status]
         return Session(
             row.id, status, f"{self.settings.public_url.rstrip('/')}/sandbox/checkout/{row.id}", status == "complete",
             row.payment_intent_id or "", False, row.amount_minor, row.currency, False, row.expires_at,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, inspect, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.deployments.models import Deployment
@@ -30,7 +30,7 @@ async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tu
         upsert = insert(UsageRollup).values(rollup)
         added = {name: getattr(UsageRollup, name) + getattr(upsert.excluded, name) for name in _SUMS}
         await session.execute(
-            upsert.on_conflict_do_update(index_elements=list(UsageRollup.__table__.primary_key.columns), set_=added)
+            upsert.on_conflict_do_update(index_elements=list(inspect(UsageRollup).primary_key), set_=added)
         )
     return stored
 

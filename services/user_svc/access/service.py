@@ -1,6 +1,9 @@
 """AccessService: what a person may do in an organization."""
 
+from typing import cast
+
 from clawplane.user.v1 import access_service_pb2, access_service_pb2_grpc
+from clawplane.user.v1.organization_pb2 import Role
 from services.kit.auth import Access, AccessResolver
 from services.kit.db import ALL, Database
 from services.kit.errors import NotFound
@@ -19,11 +22,7 @@ class AccessService(access_service_pb2_grpc.AccessServiceServicer):
             raise NotFound("membership")
         user, org_id, role = found
         return access_service_pb2.Access(
-            user_id=user.id,
-            org_id=org_id,
-            role=role,
-            permissions=sorted(PERMISSIONS[role]),
-            email=user.email,  # type: ignore[arg-type]
+            user_id=user.id, org_id=org_id, role=cast("Role.ValueType", role), permissions=sorted(PERMISSIONS[role]), email=user.email
         )
 
 
