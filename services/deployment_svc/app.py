@@ -31,9 +31,9 @@ from services.deployment_svc.usage.service import UsageService
 from services.deployment_svc.users import PERMISSIONS, Users
 from services.kit import clients, partitions, vault
 from services.kit.auth import Authenticator, TokenSigner, cached_access
+from services.kit.call import Kit
 from services.kit.db import Database
 from services.kit.loops import Loop
-from services.kit.rpc import Kit
 from services.kit.server import App
 
 PARTITIONED = ("usage_events", "audit_events")

@@ -3,138 +3,28 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import protovalidate
 import structlog
 from google.protobuf import descriptor_pool
-from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, ids, telemetry
-from services.kit.auth import PUBLIC, Authenticator, Caller
-from services.kit.db import Database
-from services.kit.settings import KitSettings
+from services.kit import errors, telemetry
+from services.kit.auth import PUBLIC, Caller
+from services.kit.call import Call, Kit, Plan
 
 log = structlog.get_logger()
 _PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
-_NO_SIDE_EFFECTS = 1
-Handler = grpc.RpcMethodHandler[Any, Any]
-
-
-@dataclass
-class Kit:
-    """What every RPC of one service shares."""
-
-    name: str
-    settings: KitSettings
-    db: Database
-    authenticator: Authenticator
-    audit_model: Any
-    """The service's own AuditEvent, a subclass of AuditRow."""
-    in_flight: int = 0
-    draining: bool = False
-    streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.limiter = FixedWindowRateLimiter(MemoryStorage())
-        self.limit: RateLimitItem = parse(self.settings.rate_limit)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known of an RPC before the first call."""
-
-    method: str
-    """Full name with slashes, as gRPC says it."""
-    permission: str
-    audience: int
-    is_read: bool
-    audited: bool
-
-    @classmethod
-    def of(cls, descriptor: MethodDescriptor) -> "Plan":
-        """From the method's descriptor; ValueError for a method without a complete rule."""
-        options = descriptor.GetOptions()
-        rule = options.Extensions[options_pb2.rule]
-        public = rule.audience == options_pb2.AUDIENCE_PUBLIC
-        if rule.audience == options_pb2.AUDIENCE_UNSPECIFIED or public == bool(rule.permission):
-            raise ValueError(f"{descriptor.full_name} has no complete rule (clawplane.options.v1.rule)")
-        is_read = options.idempotency_level == _NO_SIDE_EFFECTS
-        service = descriptor.containing_service
-        return cls(
-            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited
-        )
-
-
-class Call:
-    """One call, as a handler sees it."""
-
-    __slots__ = ("_audited", "_notes", "caller", "context", "kit", "plan", "request_id")
-
-    def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
-        self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
-        self._notes: dict[str, Any] = {}
-        self._audited = False
-
-    @property
-    def org_id(self) -> str:
-        """The organization that the call acts in; InvalidState for services and operators, who act in none."""
-        if not self.caller.org_id:
-            raise errors.InvalidState(
-                "this call acts within an organization: use a token that acts for a user",
-                reason=ErrorReason.ERROR_REASON_USER_REQUIRED,
-            )
-        return self.caller.org_id
-
-    def audit(
-        self, resource_id: str, *, org_id: str = "", before: Any = None, after: Any = None, project_id: str | None = None
-    ) -> None:
-        """What the audit row of this call says beside who and what. ``before`` and ``after`` must hold no secret."""
-        self._notes = {"resource_id": resource_id, "org_id": org_id, "before": before, "after": after, "project_id": project_id}
-
-    @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncSession]:
-        """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
-        async with self.kit.db.transaction(self.caller.tenant) as session:
-            yield session
-            self.write_audit(session)
-
-    def read(self) -> Any:
-        """A session for reading as the caller."""
-        return self.kit.db.read(self.caller.tenant)
-
-    async def run(self, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
-        """As ``transaction``, repeated when two units of work clash; ``work`` may run several times."""
-
-        async def audited(session: AsyncSession) -> Any:
-            self._audited = False
-            result = await work(session)
-            self.write_audit(session)
-            return result
-
-        return await self.kit.db.run(audited, self.caller.tenant)
-
-    def write_audit(self, session: AsyncSession) -> None:
-        """Adds the audit row to a session, once."""
-        if not self.plan.audited or self._audited:
-            return
-        self._audited = True
-        notes = {key: value for key, value in self._notes.items() if value not in (None, "")}
-        notes.setdefault("org_id", self.caller.org_id or ids.NO_ORG)
-        session.add(self.kit.audit_model(subject=self.caller.subject, method=self.plan.method, request_id=self.request_id, **notes))
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
 class Registrar:

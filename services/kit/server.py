@@ -11,8 +11,9 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from services.kit.call import Kit
 from services.kit.loops import Loop
-from services.kit.rpc import Kit, Registrar
+from services.kit.rpc import Registrar
 
 log = structlog.get_logger()
 

@@ -2,8 +2,8 @@
 
 from clawplane.user.v1 import access_service_pb2_grpc, entitlement_service_pb2_grpc, user_service_pb2_grpc
 from services.kit.auth import Authenticator
+from services.kit.call import Kit
 from services.kit.db import Database
-from services.kit.rpc import Kit
 from services.kit.server import App
 from services.user_svc.access.service import AccessService, resolver
 from services.user_svc.base import AuditEvent

@@ -3,11 +3,11 @@
 from clawplane.deployment.v1 import blacklist_entry_pb2, blacklist_service_pb2, blacklist_service_pb2_grpc
 from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.repository import in_force
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import insert_for
 from services.kit.paging import page
 from services.kit.proto import to_datetime, to_proto
-from services.kit.rpc import Call
 
 
 class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):

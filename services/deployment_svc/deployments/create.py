@@ -12,8 +12,8 @@ from services.deployment_svc.payments.links import Links
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.users import Users
 from services.kit import ids
+from services.kit.call import Call
 from services.kit.errors import Conflict, Exhausted, InvalidArgument, InvalidState
-from services.kit.rpc import Call
 from services.kit.secrets import SecretBox
 
 _TRIES = 4

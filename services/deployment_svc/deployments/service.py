@@ -12,10 +12,10 @@ from services.deployment_svc.deployments.models import Deployment, DeploymentEve
 from services.deployment_svc.payments.links import Links
 from services.deployment_svc.payments.models import Payment
 from services.deployment_svc.payments.rules import settle
+from services.kit.call import Call
 from services.kit.errors import Conflict, InvalidState, NotFound
 from services.kit.paging import page
 from services.kit.proto import to_proto
-from services.kit.rpc import Call
 
 
 def to_message(d: Deployment) -> deployment_pb2.Deployment:

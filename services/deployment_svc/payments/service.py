@@ -11,10 +11,10 @@ from services.deployment_svc.base import WebhookEvent
 from services.deployment_svc.payments.apply import NotOurs, apply
 from services.deployment_svc.payments.models import Payment
 from services.deployment_svc.settings import DeploymentSettings
+from services.kit.call import Call
 from services.kit.inbox import take_in
 from services.kit.paging import page
 from services.kit.proto import to_datetime, to_proto
-from services.kit.rpc import Call
 
 
 class PaymentService(payment_service_pb2_grpc.PaymentServiceServicer):

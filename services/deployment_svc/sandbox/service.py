@@ -7,9 +7,9 @@ from clawplane.deployment.v1.sandbox_service_pb2 import SandboxAction
 from clawplane.deployment.v1.sandbox_session_pb2 import SandboxSessionStatus
 from services.deployment_svc.sandbox.checkout import COMPLETE, EXPIRED, OPEN, locked
 from services.deployment_svc.sandbox.models import SandboxSession
+from services.kit.call import Call
 from services.kit.errors import InvalidState, NotFound
 from services.kit.proto import to_proto
-from services.kit.rpc import Call
 
 
 class SandboxService(sandbox_service_pb2_grpc.SandboxServiceServicer):

@@ -15,10 +15,11 @@ from services.deployment_svc.usage import repository
 from services.deployment_svc.usage.models import NO_DEPLOYMENT
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.rules import occurred, to_row
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import Error, InvalidArgument, InvalidFields
 from services.kit.proto import to_datetime, to_proto
-from services.kit.rpc import Call, violation
+from services.kit.rpc import violation
 
 _GROUPS = {
     UsageGroup.USAGE_GROUP_DAY: "day",

@@ -5,9 +5,9 @@ from typing import cast
 from clawplane.user.v1 import access_service_pb2, access_service_pb2_grpc
 from clawplane.user.v1.organization_pb2 import Role
 from services.kit.auth import Access, AccessResolver
+from services.kit.call import Call
 from services.kit.db import ALL, Database
 from services.kit.errors import NotFound
-from services.kit.rpc import Call
 from services.user_svc.organizations.roles import PERMISSIONS
 from services.user_svc.users import repository
 

@@ -1,8 +1,8 @@
 """EntitlementService: the limits of an organization's tier."""
 
 from clawplane.user.v1 import entitlement_service_pb2, entitlement_service_pb2_grpc
+from services.kit.call import Call
 from services.kit.errors import InvalidArgument, NotFound
-from services.kit.rpc import Call
 from services.user_svc.organizations.models import Organization
 from services.user_svc.settings import UserSettings
 

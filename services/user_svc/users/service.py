@@ -7,10 +7,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from clawplane.user.v1.organization_pb2 import Role
 from services.kit import ids
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import AlreadyExists, Error, InvalidArgument, NotFound
 from services.kit.proto import assign, to_proto
-from services.kit.rpc import Call
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.settings import UserSettings
 from services.user_svc.users import repository

@@ -1,0 +1,110 @@
+"""Laws that hold for every method and message of the contracts."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from buf.validate import validate_pb2
+from google.api import annotations_pb2, field_behavior_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool
+from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor
+
+import clawplane.deployment.v1.deployment_pb2 as anchor
+from clawplane.options.v1 import options_pb2
+
+IMAGE = descriptor_pb2.FileDescriptorSet.FromString((Path(anchor.__file__).parents[2] / "descriptors.binpb").read_bytes())
+OURS = [file for file in IMAGE.file if file.name.startswith("clawplane/")]
+for _file in OURS:
+    if "/user/" in _file.name or "/deployment/" in _file.name:
+        __import__(_file.name.removesuffix(".proto").replace("/", ".") + "_pb2")
+
+
+def methods() -> Iterator[MethodDescriptor]:
+    """Every RPC."""
+    for file in OURS:
+        found = descriptor_pool.Default().FindFileByName(file.name)
+        for service in found.services_by_name.values():
+            yield from service.methods
+
+
+def rule_of(field: FieldDescriptor) -> validate_pb2.FieldRules:
+    """The protovalidate rules of a field."""
+    return field.GetOptions().Extensions[validate_pb2.field]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", list(methods()), ids=lambda method: str(method.full_name))
+def test_laws_of_methods(method: MethodDescriptor) -> None:
+    options = method.GetOptions()
+    rule = options.Extensions[options_pb2.rule]
+    assert rule.audience != options_pb2.AUDIENCE_UNSPECIFIED
+    assert bool(rule.permission) != (rule.audience == options_pb2.AUDIENCE_PUBLIC)
+    assert method.input_type.name == f"{method.name}Request"
+    assert not method.client_streaming
+    reads = method.name.startswith(("Get", "List", "Lookup", "Check", "Summarize", "Resolve", "Watch", "Find"))
+    no_side_effects = descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
+    assert (options.idempotency_level == no_side_effects) == reads
+    http = options.Extensions[annotations_pb2.http]
+    if http.get:
+        assert reads and not http.body
+    if method.name.startswith("List"):
+        names = set(method.input_type.fields_by_name)
+        assert {"page_size", "page_token"} <= names and "next_page_token" in method.output_type.fields_by_name
+    # The organization of a change comes from the credential alone.
+    if not reads and rule.audience == options_pb2.AUDIENCE_ORGANIZATION:
+        assert "org_id" not in method.input_type.fields_by_name
+
+
+@pytest.mark.parametrize("method", list(methods()), ids=lambda method: str(method.full_name))
+def test_requests_bound_what_they_take(method: MethodDescriptor) -> None:
+    for field in method.input_type.fields:
+        rules = rule_of(field)
+        if field.name == "id" or field.name.endswith("_id"):
+            assert rules.string.pattern or rules.string.max_len, field.full_name
+        if field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
+            bounded = rules.string.max_len or rules.string.pattern or rules.string.email or getattr(rules.string, "in")
+            assert bounded, field.full_name
+        if field.is_repeated and not (field.message_type and field.message_type.GetOptions().map_entry):
+            assert rules.repeated.max_items or rules.repeated.unique, field.full_name
+
+
+def messages() -> Iterator[tuple[str, descriptor_pb2.DescriptorProto]]:
+    """Every message of the public contracts."""
+    for file in OURS:
+        for message in file.message_type:
+            yield f"{file.package}.{message.name}", message
+
+
+def test_everything_is_commented() -> None:
+    for file in OURS:
+        said = {tuple(location.path): location.leading_comments.strip() for location in file.source_code_info.location}
+        for number, message in enumerate(file.message_type):
+            assert said.get((4, number)), f"{file.name}: {message.name}"
+            for index, field in enumerate(message.field):
+                assert said.get((4, number, 2, index)), f"{file.name}: {message.name}.{field.name}"
+        for number, service in enumerate(file.service):
+            for index, method in enumerate(service.method):
+                assert said.get((6, number, 2, index)), f"{file.name}: {service.name}.{method.name}"
+        for number, enum in enumerate(file.enum_type):
+            assert enum.value[0].number == 0 and enum.value[0].name.endswith("_UNSPECIFIED")
+            for index, value in enumerate(enum.value):
+                assert said.get((5, number, 2, index)), f"{file.name}: {value.name}"
+
+
+SECRETS = re.compile(r"(^|_)(token|secret|password|api_key|private_key)$")
+
+
+def test_what_is_secret_is_marked_and_only_comes_in() -> None:
+    for name, message in messages():
+        for field in message.field:
+            if SECRETS.search(field.name) and field.name != "page_token" and not field.name.endswith("page_token"):
+                assert field.options.debug_redact, f"{name}.{field.name}"
+                behaviour = field.options.Extensions[field_behavior_pb2.field_behavior]
+                assert field_behavior_pb2.INPUT_ONLY in behaviour, f"{name}.{field.name}"
+
+
+def test_money_is_never_a_float() -> None:
+    floats = (descriptor_pb2.FieldDescriptorProto.TYPE_FLOAT, descriptor_pb2.FieldDescriptorProto.TYPE_DOUBLE)
+    for name, message in messages():
+        for field in message.field:
+            assert field.type not in floats, f"{name}.{field.name}"
