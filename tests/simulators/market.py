@@ -306,6 +306,8 @@ async def api(step: str, request: Request) -> Response:
     entry |= {"status": status, "order": answer["id"] if status == 201 else entry["order"]}
     if kind == "drop_after":
         await cut(request)
+    if kind == "hang_after":
+        return await never(request)
     return JSONResponse(answer, status)
 
 

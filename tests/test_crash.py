@@ -1,0 +1,138 @@
+"""kill -9 of the deployment service at every step of provisioning: ends as it should, with exactly one bot."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest_asyncio
+
+from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
+from services.deployment_svc.deployments.state import Step
+from tests.conftest import Databases
+from tests.harness import eventually
+from tests.processes import Client, Processes, market_env
+from tests.simulators.market import MarketSimulator
+
+# Each call that a step makes of the market; "skip" lets earlier calls of the same kind pass.
+CALLS: dict[Step, list[tuple[str, int]]] = {
+    Step.CREATE: [("find", 0), ("create", 0)],
+    Step.CHOOSE: [("offers", 0)],
+    Step.LEASE: [("observe", 0), ("lease", 0)],
+    Step.READY: [("observe", 1)],
+    Step.CLOSE: [("close", 0), ("find", 1)],
+}
+WITHOUT_A_CALL = {Step.NOTHING, Step.INTEND, Step.WATCH, Step.UNDO}
+"""INTEND only writes, and what it writes is there or not; WATCH and UNDO are proven with the local driver and the provisioning tests."""
+BEFORE, AFTER = "hang", "hang_after"
+
+
+def test_no_step_is_forgotten() -> None:
+    assert set(CALLS) | WITHOUT_A_CALL == set(Step)
+
+
+@pytest_asyncio.fixture
+async def processes(databases: Databases, market: MarketSimulator, tmp_path: Path) -> AsyncIterator[Processes]:
+    """The services on the counting market, in processes that can be killed."""
+    started = Processes(databases, tmp_path, **market_env(market.url), CLAWPLANE_STEP_TIMEOUT_S="30", CLAWPLANE_LEASE_S="1")
+    try:
+        await started.ready()
+        yield started
+    finally:
+        started.stop()
+
+
+async def reached(market: MarketSimulator, name: str, fault: str) -> None:
+    """Waits until a call about a name hangs."""
+
+    async def check() -> Any:
+        return [entry for entry in await market.get("/_sim/log") if entry["name"] == name and entry["fault"] == fault]
+
+    await eventually(check, 20)
+
+
+async def crash_at(processes: Processes, market: MarketSimulator, step: Step, call: str, skip: int, when: str) -> None:
+    """One deployment, one kill at the given call."""
+    person = await processes.person()
+    async with Client(processes) as client:
+        d = await client.order(person)
+        name = f"clawplane-{d.id}"
+        fault = {"step": call, "kind": when, "skip": skip}
+        if step is Step.CLOSE:
+            await client.pay(d)
+            await client.until(d.id, deployment_pb2.STATE_ACTIVE)
+            fault["skip"] = 0
+            await market.post("/_sim/faults", fault)
+            await client.deployments.CloseDeployment(deployment_service_pb2.CloseDeploymentRequest(id=d.id), metadata=person)
+        else:
+            await market.post("/_sim/faults", fault)
+            await client.pay(d)
+        await reached(market, name, when)
+        await processes.kill_and_restart()
+        if step is Step.CLOSE:
+            await client.until(d.id, deployment_pb2.STATE_CLOSED)
+            assert (await market.get("/_sim/running")).get(name, 0) == 0
+            return
+        await client.until(d.id, deployment_pb2.STATE_ACTIVE)
+        assert (await market.get("/_sim/running"))[name] == 1, (step, call, when)
+        assert (await market.get("/_sim/peaks"))[name] == 1, (step, call, when)
+        living = [order for order in await market.get("/_sim/orders") if order["name"] == name and order["state"] != "closed"]
+        assert len(living) == 1, (step, call, when, living)
+        # Other deployments of the test must not meet this one's bot.
+        await client.deployments.CloseDeployment(deployment_service_pb2.CloseDeploymentRequest(id=d.id), metadata=person)
+        await client.until(d.id, deployment_pb2.STATE_CLOSED)
+
+
+async def test_killed_after_each_call(processes: Processes, market: MarketSimulator) -> None:
+    for step, calls in CALLS.items():
+        for call, skip in calls:
+            await crash_at(processes, market, step, call, skip, AFTER)
+
+
+async def test_killed_before_each_call(processes: Processes, market: MarketSimulator) -> None:
+    for step, calls in CALLS.items():
+        for call, skip in calls:
+            await crash_at(processes, market, step, call, skip, BEFORE)
+            print(f"killed before {call} of {step.value}: one bot")
+
+
+async def test_a_bot_outlives_the_service_and_is_adopted(databases: Databases, tmp_path: Path) -> None:
+    processes = Processes(databases, tmp_path, CLAWPLANE_LEASE_S="1")
+    bot = httpx.AsyncClient(trust_env=False, timeout=5)
+    try:
+        await processes.ready()
+        person = await processes.person()
+        async with Client(processes) as client:
+            d = await client.order(person)
+            await client.pay(d)
+            live = await client.until(d.id, deployment_pb2.STATE_ACTIVE)
+            fact = json.loads(next((tmp_path / "local").glob("ord-*/bot.json")).read_text())
+            processes.running[1].kill()
+            processes.running[1].wait()
+            assert (await bot.get(f"{live.provider_url}/health")).json()["status"] == "ok"
+            assert (await bot.post(f"{live.provider_url}/chat", json={"message": "still there?"})).status_code == 200
+            processes.running[1] = processes.start(1)
+            await processes.ready()
+            await asyncio.sleep(2)
+            again = await client.until(d.id, deployment_pb2.STATE_ACTIVE)
+            assert (again.provider_url, again.akash_lease_id) == (live.provider_url, live.akash_lease_id)
+            # A dead bot is started again, as another process; exactly one is there.
+            psutil.Process(fact["pid"]).kill()
+
+            async def replaced() -> Any:
+                now = await client.get(d.id)
+                return now if now.state == deployment_pb2.STATE_ACTIVE and now.provider_url != live.provider_url else None
+
+            fresh = await eventually(replaced, 20)
+            assert (await bot.get(f"{fresh.provider_url}/health")).json()["deployment_id"] == d.id
+            bots = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or []) and "bot.py" in " ".join(p.info["cmdline"])]
+            assert len(bots) == 1
+            await client.deployments.CloseDeployment(deployment_service_pb2.CloseDeploymentRequest(id=d.id), metadata=person)
+            await client.until(d.id, deployment_pb2.STATE_CLOSED)
+            assert not list((tmp_path / "local").glob("ord-*")) and not bots[0].is_running()
+    finally:
+        await bot.aclose()
+        processes.stop()
