@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, Protocol
 
 import orjson
@@ -10,6 +10,8 @@ import orjson
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.models import PaymentSession
 from services.kit.errors import Unavailable
+
+_DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Wish:
     description: str
     amount_minor: int
     currency: str
-    ttl_s: int
+    closes_at: datetime | None
+    """When the page closes; None means after the provider's own longest time."""
     success_url: str
     cancel_url: str
     link_number: int
@@ -32,8 +35,10 @@ class Wish:
     def of(cls, d: Deployment, link: PaymentSession, public_url: str, ttl_s: int) -> "Wish":
         """The page of one link of a deployment. The same link always gives the same wish, so a repeated call is a replay."""
         here = f"{public_url}/deployments/{d.id}"
+        # Counted from the row, not from now: a repeated call must have the same parameters.
+        closes_at = link.created_at.replace(microsecond=0) + timedelta(seconds=ttl_s) if ttl_s < _DAY_S else None
         return cls(
-            d.id, d.org_id, d.user_id, d.email, f"Bot on {d.model}", link.amount_minor, link.currency, ttl_s,
+            d.id, d.org_id, d.user_id, d.email, f"Bot on {d.model}", link.amount_minor, link.currency, closes_at,
             f"{here}?paid=1", here, link.link_number,
         )  # fmt: skip
 
@@ -73,6 +78,11 @@ class Charge:
 
 class CheckoutError(Unavailable):
     """The provider did not do what was asked; the text names no secret and nothing of the provider's answer."""
+
+    def __init__(self, message: str, retry_after_s: float = 2, *, is_final: bool = False) -> None:
+        super().__init__(message, retry_after_s)
+        self.is_final = is_final
+        """Asking again with the same idempotency key would give the same answer."""
 
 
 class Checkout(Protocol):

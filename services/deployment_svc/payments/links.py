@@ -11,7 +11,7 @@ from services.deployment_svc.deployments import repository, state
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments import models
 from services.deployment_svc.payments.apply import apply, page_events
-from services.deployment_svc.payments.checkout import Checkout, Session, Wish
+from services.deployment_svc.payments.checkout import Checkout, CheckoutError, Session, Wish
 from services.deployment_svc.payments.models import PaymentSession
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit.columns import now
@@ -49,7 +49,7 @@ class Links:
                 if link is None:
                     link = await self._next(d, price_minor, currency)
                 if link.status == models.CREATING:
-                    await self._create(d, link)
+                    await self.create(d, link)
                 if link.status == models.COMPLETE:
                     return d  # Paid, and the bank still works on it: a second page would ask for the money twice.
                 d, link = await self._current(deployment_id)
@@ -66,7 +66,7 @@ class Links:
                 return d
             if link.external_id is None:
                 # It may exist at the provider, made by a call that died: the same key gives it back.
-                await self._create(d, link)
+                await self.create(d, link)
             if link.external_id is not None:
                 await self.learn(d, await self.checkout(d.payment_provider).expire(link.external_id))
             d, _ = await self._current(deployment_id)
@@ -145,10 +145,16 @@ class Links:
 
         return await self.db.run(work, ALL)
 
-    async def _create(self, d: Deployment, link: PaymentSession) -> None:
+    async def create(self, d: Deployment, link: PaymentSession) -> None:
         """Makes the page at the provider and writes it down. ``link`` is brought up to date."""
         wish = Wish.of(d, link, self.settings.public_url.rstrip("/"), self.settings.checkout_ttl_s)
-        page = await self.checkout(d.payment_provider).create(wish)
+        try:
+            page = await self.checkout(d.payment_provider).create(wish)
+        except CheckoutError as error:
+            if error.is_final:
+                # The next try needs another key, and so another link. Should the page exist after all, its payment still finds us.
+                await self._retire(link.id)
+            raise
 
         async def work(session: AsyncSession) -> None:
             row = await repository.locked(session, d.id)

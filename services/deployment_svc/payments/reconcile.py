@@ -46,7 +46,7 @@ class PaymentChecker:
         try:
             if link.external_id is None:
                 # Made by a call that died before it wrote down the answer; the same key finds or makes it.
-                await self.links._create(d, link)
+                await self.links.create(d, link)
             if link.external_id is not None:
                 await self.links.learn(d, await self.links.checkout(link.provider).retrieve(link.external_id))
         except Error as error:

@@ -1,7 +1,8 @@
 """Checkout at Stripe."""
 
+import asyncio
 from collections.abc import Awaitable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -10,9 +11,10 @@ import structlog
 
 from services.deployment_svc.payments.checkout import Charge, CheckoutError, Session, Wish
 from services.deployment_svc.settings import DeploymentSettings
-from services.kit.columns import now
 
 log = structlog.get_logger()
+# It would write a file into the home directory and send timings of calls.
+stripe.enable_telemetry = False
 T = TypeVar("T")
 
 
@@ -28,10 +30,11 @@ class StripeCheckout:
         self.livemode = "_live_" in key
         self._client = stripe.StripeClient(
             key,
-            http_client=stripe.HTTPXClient(timeout=httpx.Timeout(settings.checkout_timeout_s), trust_env=False),
+            http_client=stripe.HTTPXClient(timeout=httpx.Timeout(settings.checkout_timeout_s)),
             base_addresses={"api": settings.stripe_api_base.rstrip("/")},
-            max_network_retries=2,
+            max_network_retries=1,
         )
+        self._timeout_s = settings.checkout_timeout_s
 
     async def create(self, wish: Wish) -> Session:
         metadata = {"deployment_id": wish.deployment_id, "org_id": wish.org_id, "user_id": wish.user_id}
@@ -55,29 +58,27 @@ class StripeCheckout:
             "success_url": wish.success_url,
             "cancel_url": wish.cancel_url,
         }
-        if wish.ttl_s < 24 * 3600:
-            # Rounded to the hour so that a repeated call has the same parameters; a day is Stripe's own default.
-            closes = (now() + timedelta(seconds=wish.ttl_s)).replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)
-            parameters["expires_at"] = int(closes.timestamp())
+        if wish.closes_at is not None:
+            parameters["expires_at"] = int(wish.closes_at.timestamp())
         options: Any = {"idempotency_key": wish.idempotency_key()}
-        return _session(await _ask("create", self._client.v1.checkout.sessions.create_async(parameters, options)))
+        return _session(await self._ask("create", self._client.v1.checkout.sessions.create_async(parameters, options)))
 
     async def retrieve(self, session_id: str) -> Session:
         parameters: Any = {"expand": ["payment_intent"]}
-        return _session(await _ask("retrieve", self._client.v1.checkout.sessions.retrieve_async(session_id, parameters)))
+        return _session(await self._ask("retrieve", self._client.v1.checkout.sessions.retrieve_async(session_id, parameters)))
 
     async def expire(self, session_id: str) -> Session:
         try:
-            await self._client.v1.checkout.sessions.expire_async(session_id)
-        except stripe.InvalidRequestError:
-            pass  # Not open any more: the page itself says what it is.
-        except stripe.StripeError as error:
-            raise _failure("expire", error) from None
+            await self._ask("expire", self._client.v1.checkout.sessions.expire_async(session_id))
+        except CheckoutError as error:
+            # Not open any more: the page itself says what it is.
+            if not error.is_final:
+                raise
         return await self.retrieve(session_id)
 
     async def charge(self, payment_id: str) -> Charge:
         parameters: Any = {"expand": ["latest_charge"]}
-        intent = await _ask("charge", self._client.v1.payment_intents.retrieve_async(payment_id, parameters))
+        intent = await self._ask("charge", self._client.v1.payment_intents.retrieve_async(payment_id, parameters))
         charge: Any = intent.latest_charge
         known = charge is not None and not isinstance(charge, str)
         return Charge(
@@ -86,17 +87,26 @@ class StripeCheckout:
         )  # fmt: skip
 
 
-async def _ask(what: str, request: Awaitable[T]) -> T:
-    try:
-        return await request
-    except stripe.StripeError as error:
-        raise _failure(what, error) from None
+    async def _ask(self, what: str, request: Awaitable[T]) -> T:
+        try:
+            # The library's own limit counts for each of its tries.
+            async with asyncio.timeout(self._timeout_s * 1.5):
+                return await request
+        except stripe.StripeError as error:
+            raise _failure(what, error) from None
+        except TimeoutError:
+            log.warning("stripe.failed", call=what, error="timeout")
+            raise CheckoutError("the payment provider does not answer; try again") from None
 
 
 def _failure(what: str, error: stripe.StripeError) -> CheckoutError:
     # Stripe's texts quote parameters: only its kind of error and its own request id are logged.
-    log.warning("stripe.failed", call=what, error=type(error).__name__, code=error.code, stripe_request=error.request_id)
-    return CheckoutError("the payment provider did not answer as expected; try again", retry_after_s=2)
+    status = error.http_status or 0
+    log.warning("stripe.failed", call=what, error=type(error).__name__, status=status, param=getattr(error, "param", None),
+                stripe_request=error.request_id)  # fmt: skip
+    # Stripe keeps what it answered under an idempotency key, errors of its own included; only 409 and 429 pass.
+    is_final = status >= 500 or status in (400, 404)
+    return CheckoutError("the payment provider did not answer as expected; try again", is_final=is_final)
 
 
 def _session(session: Any) -> Session:

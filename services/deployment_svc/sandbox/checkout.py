@@ -36,7 +36,7 @@ class SandboxCheckout:
                 .values(
                     id=f"cs_sandbox_{random.token_hex(24)}", idempotency_key=key, deployment_id=wish.deployment_id, user_id=wish.user_id,
                     status=OPEN, description=wish.description, amount_minor=wish.amount_minor, currency=wish.currency,
-                    success_url=wish.success_url, expires_at=now() + timedelta(seconds=wish.ttl_s),
+                    success_url=wish.success_url, expires_at=wish.closes_at or now() + timedelta(days=1),
                 )
                 .on_conflict_do_nothing(index_elements=["idempotency_key"])
             )  # fmt: skip
