@@ -1,0 +1,194 @@
+"""The ledger: each event once, its cost exact, its sums in the same transaction."""
+
+import asyncio
+import random
+import uuid
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+import grpc
+import pytest
+import sqlalchemy as sa
+
+from clawplane.deployment.v1 import usage_event_pb2 as pb
+from clawplane.deployment.v1 import usage_service_pb2 as rpc
+from services.deployment_svc.claw_keys import repository as claw_keys
+from services.deployment_svc.deployments.models import Deployment
+from services.kit import ids, vault
+from services.kit.db import ALL, Database
+from services.kit.devkeys import settings_for
+from services.kit.settings import KitSettings
+from tests.harness import Metadata, Person, Stack
+
+
+def event(**more: object) -> pb.UsageEvent:
+    """A chat call with an id that carries its time."""
+    given: dict[str, object] = {
+        "id": str(ids.uuid7()), "provider": "anthropic", "model": "claude-opus-4.5", "tokens_in": 1000, "tokens_out": 100, **more
+    }  # fmt: skip
+    return pb.UsageEvent(**given)  # type: ignore[arg-type]
+
+
+async def record(stack: Stack, who: Metadata, one: pb.UsageEvent) -> rpc.RecordUsageResponse:
+    """Records one event."""
+    return await stack.usage.RecordUsage(rpc.RecordUsageRequest(event=one), metadata=who)
+
+
+async def total(stack: Stack, who: Metadata, *groups: int) -> rpc.SummarizeUsageResponse:
+    """The summary of the last days."""
+    return await stack.usage.SummarizeUsage(rpc.SummarizeUsageRequest(group_by=groups), metadata=who)  # type: ignore[arg-type]
+
+
+async def refused(stack: Stack, who: Metadata, one: pb.UsageEvent) -> str:
+    """The text with which an event is refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await record(stack, who, one)
+    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    return refusal.value.details() or ""
+
+
+async def test_counted_once_however_often_it_is_sent(stack: Stack, person: Person) -> None:
+    one = event()
+    answers = await asyncio.gather(*(record(stack, person.metadata, one) for _ in range(50)))
+    assert sorted(answer.duplicate for answer in answers) == [False] + [True] * 49
+    stored = answers[0].event
+    assert (stored.org_id, stored.user_id, stored.tokens_total) == (person.org_id, person.user.id, 1100)
+    assert Decimal(stored.cost) == (Decimal(5) * 1000 + Decimal(25) * 100) / 1_000_000
+    # Another spelling of the same UUID is the same event.
+    assert (await record(stack, person.metadata, event(id=uuid.UUID(one.id).hex.upper()))).duplicate
+    found = await total(stack, person.metadata)
+    assert (found.total.events, found.total.tokens_total) == (1, 1100)
+
+
+async def test_the_same_id_of_two_organizations_is_two_events(stack: Stack, person: Person) -> None:
+    other, one = await stack.person(), event()
+    assert not (await record(stack, person.metadata, one)).duplicate
+    assert not (await record(stack, other.metadata, one)).duplicate
+
+
+async def test_what_is_refused_names_the_field(stack: Stack, person: Person) -> None:
+    now = datetime.now(UTC)
+    cases = [
+        (event(id="my-own-id"), "occurred_at"),
+        (event(id="my-own-id", occurred_at=now - timedelta(days=40)), "occurred_at"),
+        (event(id="my-own-id", occurred_at=now + timedelta(minutes=10)), "occurred_at"),
+        (event(occurred_at=now - timedelta(days=32)), "occurred_at"),
+        (event(tokens_cached=2000), "tokens_cached"),
+        (event(tokens_in=-1), "tokens_in"),
+        (event(model="a model"), "model"),
+        (event(deployment_id="dep_" + "1" * 32), "deployment_id"),
+    ]
+    for one, field in cases:
+        assert f"event.{field}" in await refused(stack, person.metadata, one), field
+    assert (await total(stack, person.metadata)).total.events == 0
+
+
+async def test_a_callers_cost_is_not_believed(stack: Stack, person: Person) -> None:
+    answer = await record(stack, person.metadata, event(cost="0.000001", org_id="org_" + "1" * 32, user_id="usr_" + "1" * 32))
+    assert Decimal(answer.event.cost) == Decimal("0.0075") and answer.event.org_id == person.org_id
+    assert answer.event.user_id == person.user.id
+    unknown = await record(stack, person.metadata, event(provider="nobody", model="new-model"))
+    assert unknown.event.cost == ""
+    found = await total(stack, person.metadata)
+    assert (found.total.events, found.total.unpriced_events, Decimal(found.total.cost)) == (2, 1, Decimal("0.0075"))
+
+
+async def test_tiny_costs_add_up_exactly(stack: Stack, person: Person) -> None:
+    # 5e-7 dollars each, a number that no binary float holds.
+    events = [event(tokens_in=1, tokens_out=0, tokens_cached=1) for _ in range(3001)]
+    answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=events), metadata=person.metadata, timeout=60)
+    assert (answer.accepted, answer.duplicates, answer.rejected) == (3001, 0, 0)
+    assert Decimal((await total(stack, person.metadata)).total.cost) == Decimal("0.0000005") * 3001
+
+
+async def test_a_bad_event_does_not_sink_its_batch(stack: Stack, person: Person) -> None:
+    good = [event() for _ in range(5)]
+    batch = [*good, good[0], event(tokens_in=-1), event(id="no-time"), event(provider="")]
+    answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=batch), metadata=person.metadata)
+    assert (answer.accepted, answer.duplicates, answer.rejected) == (5, 1, 3)
+    assert [(error.index, error.field) for error in answer.errors] == [(6, "tokens_in"), (7, "occurred_at"), (8, "provider")]
+    again = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=good), metadata=person.metadata)
+    assert (again.accepted, again.duplicates) == (0, 5)
+
+
+async def test_five_thousand_at_once(stack: Stack, person: Person) -> None:
+    batch = rpc.BatchRecordUsageRequest(events=[event() for _ in range(5000)])
+    assert (await stack.usage.BatchRecordUsage(batch, metadata=person.metadata, timeout=120)).accepted == 5000
+    batch.events.add(id="x")
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await stack.usage.BatchRecordUsage(batch, metadata=person.metadata)
+    assert "events" in (refusal.value.details() or "")
+
+
+async def test_concurrent_batches_agree_with_their_sums(stack: Stack, person: Person) -> None:
+    models = [("anthropic", "claude-opus-4.5"), ("openai", "gpt-3.2"), ("google", "gemini-3-flash"), ("minimax", "minimax-m2.5")]
+    events = [event(provider=p, model=m, tokens_in=n) for n in range(1, 101) for p, m in models]
+
+    async def send(seed: int) -> None:
+        mixed = list(events)
+        random.Random(seed).shuffle(mixed)
+        for start in range(0, len(mixed), 50):
+            await stack.usage.BatchRecordUsage(
+                rpc.BatchRecordUsageRequest(events=mixed[start : start + 50]), metadata=person.metadata, timeout=60
+            )
+
+    await asyncio.gather(*(send(seed) for seed in range(6)))
+    found = await total(stack, person.metadata, rpc.USAGE_GROUP_PROVIDER, rpc.USAGE_GROUP_MODEL)
+    assert {(row.provider, row.model): (row.events, row.tokens_in) for row in found.sums} == {pair: (100, 5050) for pair in models}
+    by_day = await total(stack, person.metadata, rpc.USAGE_GROUP_DAY)
+    assert sum(row.events for row in by_day.sums) == by_day.total.events == 400
+    assert Decimal(found.total.cost) == sum(Decimal(row.cost) for row in found.sums)
+
+
+async def bots_key(stack: Stack, deployment_id: str) -> Metadata:
+    """Metadata with a fresh claw key of a deployment."""
+    settings = KitSettings(**settings_for(stack.keys, "deployment_svc"))  # type: ignore[arg-type]
+    db = Database(stack.urls["deployment_svc"], settings, "test")
+    async with db.transaction(ALL) as session:
+        d = await session.get_one(Deployment, deployment_id)
+        key = claw_keys.mint(session, d, vault.open_box(settings), "test")
+    await db.close()
+    return (("authorization", f"Bearer {key.text}"),)
+
+
+async def test_a_bot_reports_for_itself_alone(stack: Stack, person: Person) -> None:
+    mine, other = await stack.order(person), await stack.person()
+    foreign = await stack.order(other)
+    bot = await bots_key(stack, mine.id)
+    answer = await record(stack, bot, event(deployment_id=foreign.id, org_id=other.org_id, user_id=other.user.id))
+    assert (answer.event.deployment_id, answer.event.org_id, answer.event.user_id) == (mine.id, person.org_id, person.user.id)
+    assert answer.event.api_key_id.startswith("ckey_")
+    found = await total(stack, person.metadata, rpc.USAGE_GROUP_DEPLOYMENT)
+    assert [row.deployment_id for row in found.sums] == [mine.id]
+    assert (await total(stack, other.metadata)).total.events == 0
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await total(stack, bot)
+    assert refusal.value.code() is grpc.StatusCode.PERMISSION_DENIED and "usage.read" in (refusal.value.details() or "")
+    # A person may name his own deployments only.
+    assert "deployment_id" in await refused(stack, person.metadata, event(deployment_id=foreign.id))
+
+
+async def test_months_have_partitions_on_postgresql(stack: Stack, person: Person) -> None:
+    now = datetime.now(UTC)
+    await record(stack, person.metadata, event())
+    await record(stack, person.metadata, event(id="last-month", occurred_at=now.replace(day=1) - timedelta(days=1)))
+    if "postgresql" not in stack.urls["deployment_svc"]:
+        return
+    db = Database(stack.urls["deployment_svc"], KitSettings(), "test")
+    async with db.writing.begin() as connection:
+        query = sa.text("SELECT DISTINCT tableoid::regclass::text FROM usage_events WHERE org_id = :org")
+        tables = set((await connection.scalars(query, {"org": ids.to_uuid(person.org_id, "org")})).all())
+    await db.close()
+    assert f"usage_events_{now:%Y_%m}" in tables and "usage_events_default" not in tables
+
+
+async def test_summaries_have_bounds(stack: Stack, person: Person) -> None:
+    now = datetime.now(UTC)
+    for request, field in (
+        (rpc.SummarizeUsageRequest(start=now, end=now - timedelta(days=2)), "start"),
+        (rpc.SummarizeUsageRequest(start=now - timedelta(days=500), end=now), "end"),
+        (rpc.SummarizeUsageRequest(group_by=[1, 1]), "group_by"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await stack.usage.SummarizeUsage(request, metadata=person.metadata)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT and field in (refusal.value.details() or "")
