@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.user_svc.organizations.models import Membership, Organization
@@ -14,7 +14,8 @@ UserRow = tuple[User, Organization]
 
 async def find(session: AsyncSession, **columns: Any) -> UserRow | None:
     """The user whose columns have exactly these values."""
-    statement = select(User, Organization).join(Organization, Organization.id == User.personal_org_id).filter_by(**columns)
+    statement = select(User, Organization).join(Organization, Organization.id == User.personal_org_id)
+    statement = statement.where(*(getattr(User, name) == value for name, value in columns.items()))
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1]) if row else None
 
@@ -36,7 +37,14 @@ async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[
     return (row[0], row[1], row[2]) if row else None
 
 
+async def alone(session: AsyncSession, name: str) -> None:
+    """Lets one transaction at a time look whether a name or address is free and take it. On SQLite every writer is alone anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 3))"), {"name": name})
+
+
 async def taken_usernames(session: AsyncSession, base: str) -> set[str]:
-    """The usernames that are ``base`` or start with ``base-``."""
+    """The usernames that are ``base`` or start with ``base-``; until the transaction ends, nobody else looks for one of these."""
+    await alone(session, base)
     statement = select(User.username).where((User.username == base) | User.username.startswith(f"{base}-", autoescape=True))
     return set((await session.scalars(statement)).all())

@@ -60,6 +60,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         identity = request.identity
 
         async def work(session: AsyncSession) -> repository.UserRow:
+            await repository.alone(session, normal_email(request.email))
             known = await repository.by_identity(session, identity.provider, identity.subject)
             if known:
                 return known
