@@ -59,7 +59,7 @@ class DeploymentSettings(KitSettings):
     # Usage.
     usage_late_days: int = Field(35, ge=1, description="how late an event may be reported")
     usage_ahead_s: int = Field(300, ge=0, description="how far ahead of time an event may be")
-    prices_file: str = Field("", description="YAML or JSON price file; empty: the bundled one")
+    prices_file: str = Field("", description="TOML price file; empty: the bundled one")
 
     @property
     def database_url(self) -> str:

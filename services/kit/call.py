@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.descriptor import Descriptor, MethodDescriptor
 from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, ids
+from services.kit import errors, ids, telemetry
 from services.kit.auth import Authenticator, Caller
 from services.kit.db import Database
 from services.kit.settings import KitSettings
@@ -39,6 +39,17 @@ class Kit:
     def __post_init__(self) -> None:
         self.limiter = FixedWindowRateLimiter(MemoryStorage())
         self.limit: RateLimitItem = parse(self.settings.rate_limit)
+        self._gauge = telemetry.IN_FLIGHT.labels(self.name)
+
+    def enter(self) -> None:
+        """A unary call begins."""
+        self.in_flight += 1
+        self._gauge.set(self.in_flight)
+
+    def leave(self) -> None:
+        """A unary call ends."""
+        self.in_flight -= 1
+        self._gauge.set(self.in_flight)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ class Plan:
     audience: int
     is_read: bool
     audited: bool
+    request: Descriptor
 
     @classmethod
     def of(cls, descriptor: MethodDescriptor) -> "Plan":
@@ -63,8 +75,9 @@ class Plan:
         is_read = options.idempotency_level == _NO_SIDE_EFFECTS
         service = descriptor.containing_service
         return cls(
-            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited
-        )
+            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited,
+            descriptor.input_type,
+        )  # fmt: skip
 
 
 class Call:
@@ -98,7 +111,8 @@ class Call:
         """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
         async with self.kit.db.transaction(self.caller.tenant) as session:
             yield session
-            self.write_audit(session)
+            self._write_audit(session)
+        self._audited = True
 
     def read(self) -> Any:
         """A session for reading as the caller."""
@@ -108,18 +122,17 @@ class Call:
         """As ``transaction``, repeated when two units of work clash; ``work`` may run several times."""
 
         async def audited(session: AsyncSession) -> Any:
-            self._audited = False
             result = await work(session)
-            self.write_audit(session)
+            self._write_audit(session)
             return result
 
-        return await self.kit.db.run(audited, self.caller.tenant)
+        result = await self.kit.db.run(audited, self.caller.tenant)
+        self._audited = True
+        return result
 
-    def write_audit(self, session: AsyncSession) -> None:
-        """Adds the audit row to a session, once."""
+    def _write_audit(self, session: AsyncSession) -> None:
         if not self.plan.audited or self._audited:
             return
-        self._audited = True
         notes = {key: value for key, value in self._notes.items() if value not in (None, "")}
         notes.setdefault("org_id", self.caller.org_id or ids.NO_ORG)
         session.add(self.kit.audit_model(subject=self.caller.subject, method=self.plan.method, request_id=self.request_id, **notes))

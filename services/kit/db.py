@@ -34,6 +34,8 @@ class ScopedSession(Session):
 
 @event.listens_for(ScopedSession, "do_orm_execute")
 def _only_own_rows(state: ORMExecuteState) -> None:
+    if state.session.info["readonly"] and not state.is_select:
+        raise RuntimeError("a session for reading writes")
     if state.is_column_load or state.is_relationship_load:
         return
     tenant = state.session.info["tenant"]
@@ -44,8 +46,11 @@ def _only_own_rows(state: ORMExecuteState) -> None:
 
 @event.listens_for(ScopedSession, "before_flush")
 def _stamp_tenant(session: Session, *_: object) -> None:
+    if session.info["readonly"] and (session.new or session.dirty or session.deleted):
+        # On PostgreSQL each statement of such a session would commit by itself.
+        raise RuntimeError("a session for reading writes")
     tenant = session.info["tenant"]
-    for row in session.new:
+    for row in (*session.new, *session.dirty):
         if isinstance(row, Tenant) and tenant != ALL:
             if row.org_id is None:
                 row.org_id = tenant
@@ -76,7 +81,7 @@ class Database:
         if self.is_sqlite:
             engine = create_async_engine(
                 self.url, pool_size=s.pool_size, max_overflow=s.max_overflow, pool_timeout=s.pool_timeout_s,
-                connect_args={"timeout": s.lock_timeout_s},
+                connect_args={"timeout": s.lock_timeout_s}, hide_parameters=True,
             )  # fmt: skip
             event.listen(engine.sync_engine, "connect", _sqlite_connect)
             event.listen(engine.sync_engine, "begin", _sqlite_begin)
@@ -89,7 +94,7 @@ class Database:
             }
             engine = create_async_engine(
                 self.url, isolation_level="AUTOCOMMIT", pool_size=s.pool_size, max_overflow=s.max_overflow,
-                pool_timeout=s.pool_timeout_s, connect_args={"server_settings": limits},
+                pool_timeout=s.pool_timeout_s, connect_args={"server_settings": limits}, hide_parameters=True,
             )  # fmt: skip
         event.listen(engine.sync_engine, "before_cursor_execute", _start_timer)
         event.listen(engine.sync_engine, "after_cursor_execute", self._report_slow)
@@ -117,7 +122,8 @@ class Database:
         """A unit of work that commits at the end of the block, or leaves nothing. Never make a remote call inside."""
         async with AsyncExitStack() as stack:
             if self.is_sqlite:
-                await stack.enter_async_context(self._one_writer)
+                with telemetry.waiting_for_pool(self.name):
+                    await stack.enter_async_context(self._one_writer)
             session = await stack.enter_async_context(self._session(self.writing, tenant))
             await self._begin(session)
             yield session
@@ -126,7 +132,7 @@ class Database:
     @asynccontextmanager
     async def read(self, tenant: str) -> AsyncIterator[AsyncSession]:
         """A session for reading; on PostgreSQL each statement stands alone."""
-        async with self._session(self.reading, tenant) as session:
+        async with self._session(self.reading, tenant, readonly=True) as session:
             await self._begin(session)
             yield session
 
@@ -143,10 +149,11 @@ class Database:
                 await asyncio.sleep(random.uniform(0.005, 0.02) * 2**attempt)
         raise AssertionError
 
-    def _session(self, engine: AsyncEngine, tenant: str) -> AsyncSession:
-        return AsyncSession(
-            engine, sync_session_class=ScopedSession, expire_on_commit=False, autobegin=True, info={"tenant": tenant}
-        )
+    def _session(self, engine: AsyncEngine, tenant: str, *, readonly: bool = False) -> AsyncSession:
+        if not tenant:
+            raise RuntimeError("a session without a tenant")
+        info = {"tenant": tenant, "readonly": readonly}
+        return AsyncSession(engine, sync_session_class=ScopedSession, expire_on_commit=False, autobegin=True, info=info)
 
     async def _begin(self, session: AsyncSession) -> None:
         """Takes the connection now, so that waiting for one is seen, and BEGIN IMMEDIATE is the first thing that can fail."""

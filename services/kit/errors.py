@@ -144,6 +144,10 @@ class Internal(Error):
         super().__init__("internal error; the request id finds it in the log")
 
 
+_BUSY = {"57014", "53300", "57P01", "57P02", "57P03"}
+"""PostgreSQL: a statement took too long, too many connections, stopping, starting."""
+
+
 def from_exception(error: BaseException) -> Error:
     """The error that a client sees for any exception; Internal for what nobody foresaw."""
     if isinstance(error, Error):
@@ -154,7 +158,7 @@ def from_exception(error: BaseException) -> Error:
         return Conflict("the resource was changed by someone else; read it again and repeat", retry_after_s=0.1)
     if isinstance(error, sa.TimeoutError):
         return Unavailable("the database is busy", retry_after_s=1)
-    if isinstance(error, sa.DBAPIError) and error.connection_invalidated:
+    if isinstance(error, sa.DBAPIError) and (error.connection_invalidated or _sqlstate(error) in _BUSY):
         return Unavailable("the database does not answer", retry_after_s=1)
     if isinstance(error, (ConnectionError, TimeoutError)):
         return Unavailable("a system that this call needs does not answer", retry_after_s=1)
@@ -165,27 +169,29 @@ def is_retryable(error: BaseException) -> bool:
     """True for a serialisation failure, deadlock or lock time-out (PostgreSQL) and SQLITE_BUSY: the unit of work may be repeated."""
     if not isinstance(error, sa.DBAPIError):
         return False
-    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-    return state in {"40001", "40P01", "55P03"} or "database is locked" in str(error.orig)
+    return _sqlstate(error) in {"40001", "40P01", "55P03"} or "database is locked" in str(error.orig)
+
+
+def _sqlstate(error: sa.DBAPIError) -> str:
+    return str(getattr(error.orig, "sqlstate", None) or "")
 
 
 def _integrity(error: sa.IntegrityError) -> Error:
-    state = getattr(error.orig, "sqlstate", None)
     text = str(error.orig)
-    if state == "23505" or "UNIQUE constraint failed" in text:
+    if _sqlstate(error) == "23505" or "UNIQUE constraint failed" in text:
         return AlreadyExists(_unique_field(error, text))
     return Internal()
 
 
 def _unique_field(error: sa.IntegrityError, text: str) -> str:
-    """The column of a broken unique rule: the last one, since org_id comes first."""
+    """The column of a broken unique rule: the last one, since org_id comes first. An index with a name of ours says it itself."""
     cause = getattr(error.orig, "__cause__", None)
-    name = getattr(cause, "constraint_name", None)
-    if name:
-        return re.sub(r"^(uq|ux|pk)_[a-z_]+?__", "", str(name))
-    found = re.search(r"UNIQUE constraint failed: (?:index ')?([\w., ]+)", text)
-    last = found.group(1).split(",")[-1].strip().split(".")[-1] if found else "value"
-    return re.sub(r"^(uq|ux|pk)_[a-z_]+?__", "", last)
+    named = re.search(r"\bux_[a-z0-9_]+?__(\w+)", str(getattr(cause, "constraint_name", None) or text))
+    if named:
+        return named.group(1)
+    # PostgreSQL: Key (org_id, name)=(...) already exists. SQLite: UNIQUE constraint failed: notes.org_id, notes.name
+    columns = re.match(r"Key \(([\w\", ]+)\)=", str(getattr(cause, "detail", None) or "")) or re.search(r"failed: ([\w., ]+)", text)
+    return columns.group(1).split(",")[-1].strip().split(".")[-1].strip('"') if columns else "value"
 
 
 def to_status(error: Error, request_id: str) -> status_pb2.Status:
@@ -204,7 +210,7 @@ def to_status(error: Error, request_id: str) -> status_pb2.Status:
         retry.retry_delay.FromMilliseconds(int(error.retry_after_s * 1000))
         details.append(_pack(retry))
     details.append(_pack(error_details_pb2.RequestInfo(request_id=request_id)))
-    number = code_pb2.Code.Value(error.code.name if error.code.name != "CANCELLED" else "CANCELLED")
+    number = code_pb2.Code.Value(error.code.name)
     return status_pb2.Status(code=number, message=error.message, details=details)
 
 

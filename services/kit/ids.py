@@ -1,6 +1,7 @@
 """Identifiers: a prefix that tells the kind, and a UUID of version 7, so that later ones sort later."""
 
 import os
+import re
 import threading
 import time
 import uuid
@@ -60,6 +61,7 @@ def new(prefix: str) -> str:
 def to_uuid(identifier: str, prefix: str) -> uuid.UUID:
     """The UUID inside an identifier; ValueError when it is of another kind or malformed."""
     head, _, tail = identifier.partition("_")
-    if head != prefix or len(tail) != 32:
+    # UUID() alone takes other spellings too, which would make several texts of one identifier.
+    if head != prefix or not re.fullmatch("[0-9a-f]{32}", tail):
         raise ValueError(f"an identifier of the form {prefix}_<32 hexadecimal digits> is needed")
     return uuid.UUID(hex=tail)

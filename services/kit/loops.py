@@ -62,7 +62,7 @@ class Loop:
                 telemetry.LOOP_RUNS.labels(self.name, "ok").inc()
             except Exception as error:
                 failures += 1
-                pause = min(_MAX_BACKOFF_S, self.interval_s * 2**failures)
+                pause = min(_MAX_BACKOFF_S, self.interval_s * 2 ** min(failures, 20))
                 telemetry.LOOP_RUNS.labels(self.name, "error").inc()
                 log.error("loop.failed", loop=self.name, failures=failures, exc_info=error)
             if pause and not self._stopping:
@@ -78,16 +78,18 @@ async def claim(db: Database, model: type[L], *, limit: int, lease_s: float, whe
     """Rows that are due and free, leased to this caller under a new token. Two workers never hold the same row."""
     token, at = secrets.token_hex(8), now()
     free = or_(model.lease_until.is_(None), model.lease_until < at)
+    # In a CTE, since PostgreSQL may run a subquery of IN several times, and each time lock other rows.
     due: Any = (
         select(model.id)  # type: ignore[attr-defined]
         .where(model.due_at <= at, free, *where)
         .order_by(model.due_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .cte("due")
     )
     statement = (
         update(model)
-        .where(model.id.in_(due))  # type: ignore[attr-defined]
+        .where(model.id.in_(select(due.c.id)))  # type: ignore[attr-defined]
         # Being worked on is no change that an owner should see.
         .values(lease_until=at + timedelta(seconds=lease_s), lease_token=token, updated_at=model.updated_at)  # type: ignore[attr-defined]
         .returning(model)
@@ -104,8 +106,12 @@ async def held(db: Database, row: Leased, lease_s: float) -> AsyncIterator[None]
     async def beat() -> None:
         while True:
             await asyncio.sleep(lease_s / 3)
-            async with db.transaction(ALL) as session:
-                await _renew(session, row, lease_s)
+            try:
+                async with db.transaction(ALL) as session:
+                    await _renew(session, row, lease_s)
+            except Exception as error:
+                # Two more beats come before the lease ends.
+                log.warning("lease.not_renewed", table=type(row).__name__, exc_info=error)
 
     heart = asyncio.create_task(beat())
     try:

@@ -32,8 +32,9 @@ def to_proto(row: Any, kind: type[M]) -> M:
         elif isinstance(value, Decimal):
             setattr(message, field.name, format(value, "f"))
         elif isinstance(value, dict):
-            target = getattr(message, field.name)
-            target.update(value)
+            getattr(message, field.name).update(value)
+        elif isinstance(value, list | tuple):
+            getattr(message, field.name).extend(value)
         else:
             setattr(message, field.name, value)
     version = getattr(row, "version", None)
@@ -45,24 +46,29 @@ def to_proto(row: Any, kind: type[M]) -> M:
 def assign(row: Any, message: Message, mask: FieldMask | None = None) -> list[str]:
     """Copies what a caller may write from a message to a row, and returns the names of the fields.
 
-    With a mask, exactly its paths; without one, every field that is set. OUTPUT_ONLY and IDENTIFIER fields are ignored;
-    InvalidArgument for an unknown or IMMUTABLE path of the mask.
+    Without a mask the row is new: every field that is set. With one: exactly its paths; when it is empty, every field that is set;
+    "*", all of them. OUTPUT_ONLY and IDENTIFIER fields are ignored; InvalidArgument for an unknown path, or for another value of an
+    IMMUTABLE field.
     """
-    fields = message.DESCRIPTOR.fields_by_name
-    if mask is None or not mask.paths or list(mask.paths) == ["*"]:
-        paths = [field.name for field in message.DESCRIPTOR.fields if _is_set(message, field)]
-    else:
+    descriptor = message.DESCRIPTOR
+    paths = [field.name for field in descriptor.fields if _is_set(message, field)]
+    if mask is not None and list(mask.paths) == ["*"]:
+        paths = [field.name for field in descriptor.fields if field_behavior_pb2.IMMUTABLE not in _behaviour(descriptor, field.name)]
+    elif mask is not None and mask.paths:
         paths = list(mask.paths)
-        for path in paths:
-            if path not in fields:
-                raise InvalidArgument("update_mask", f"{path} is no field of {message.DESCRIPTOR.name}")
-            if field_behavior_pb2.IMMUTABLE in _behaviour(message.DESCRIPTOR, path):
-                raise InvalidArgument("update_mask", f"{path} cannot be changed")
     written = []
     for path in paths:
-        if path == "etag" or _NOT_WRITABLE & _behaviour(message.DESCRIPTOR, path):
+        if path not in descriptor.fields_by_name:
+            raise InvalidArgument("update_mask", f"{path} is no field of {descriptor.name}")
+        behaviour = _behaviour(descriptor, path)
+        if path == "etag" or _NOT_WRITABLE & behaviour:
             continue
-        setattr(row, path, _python(message, fields[path]))
+        value = _python(message, descriptor.fields_by_name[path])
+        if mask is not None and field_behavior_pb2.IMMUTABLE in behaviour:
+            if value != getattr(row, path):
+                raise InvalidArgument("update_mask", f"{path} cannot be changed")
+            continue
+        setattr(row, path, value)
         written.append(path)
     return written
 

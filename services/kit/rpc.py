@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, telemetry
+from services.kit import errors, telemetry, texts
 from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
 
@@ -54,33 +54,19 @@ class _Malformed:
     problem: str
 
 
-def _field_with_nul(message: Message) -> str:
-    """Path of the first text that holds U+0000, or ""."""
-    for descriptor, value in message.ListFields():
-        items = value if descriptor.is_repeated else [value]
-        if descriptor.is_repeated and descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
-            items = [*value.keys(), *value.values()]
-        for item in items:
-            if isinstance(item, str) and "\0" in item:
-                return str(descriptor.name)
-            inner = _field_with_nul(item) if isinstance(item, Message) else ""
-            if inner:
-                return f"{descriptor.name}.{inner}"
-    return ""
-
-
 def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     """The handler with everything that each RPC needs around it."""
-    deserialize = handler.request_deserializer
+    deserialize, kind = handler.request_deserializer, plan.request
     assert deserialize is not None
 
     def tolerant(raw: bytes) -> Any:
         try:
             request = deserialize(raw)
         except (DecodeError, UnicodeDecodeError):
-            return _Malformed("", "the request is not valid protobuf, or a text in it is not valid UTF-8")
-        # PostgreSQL cannot store U+0000. Few requests hold the byte at all, so few are searched for it.
-        field = _field_with_nul(request) if b"\0" in raw else ""
+            field = texts.field_not_utf8(raw, kind)
+            return _Malformed(field, "is not valid UTF-8") if field else _Malformed("", "the request is not valid protobuf")
+        # Few requests hold the byte at all, so few are searched for it.
+        field = texts.field_with_nul(request) if b"\0" in raw else ""
         return _Malformed(field, "must not hold the character U+0000") if field else request
 
     if handler.unary_unary is not None:
@@ -94,8 +80,6 @@ async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: s
     """Everything that must hold before a handler runs, in order."""
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
-    if isinstance(request, _Malformed):
-        raise errors.InvalidArgument(request.field, request.problem)
     public = plan.audience == options_pb2.AUDIENCE_PUBLIC
     caller = PUBLIC if public else await kit.authenticator.caller(context.invocation_metadata() or ())
     if not public:
@@ -103,6 +87,8 @@ async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: s
         if not caller.is_platform and not kit.limiter.hit(kit.limit, caller.subject):
             window = kit.limiter.get_window_stats(kit.limit, caller.subject)
             raise errors.Exhausted("too many calls", retry_after_s=max(0.1, window.reset_time - time.time()))
+    if isinstance(request, _Malformed):
+        raise errors.InvalidArgument(request.field, request.problem)
     violations = protovalidate.collect_violations(request)
     if violations:
         raise errors.InvalidFields([violation(item) for item in violations])
@@ -134,7 +120,7 @@ def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
     async def unary(request: Message, context: Any) -> Any:
         started = time.perf_counter()
         request_id = _request_id(context)
-        kit.in_flight += 1
+        kit.enter()
         failure: errors.Error | None = None
         caller: Caller | None = None
         try:
@@ -149,10 +135,10 @@ def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
         except Exception as error:
             failure = _failure(error, plan, request_id)
         finally:
-            kit.in_flight -= 1
+            kit.leave()
         if failure is not None:
             _report(kit, plan, failure.code.name, started, request_id, caller)
-            await context.abort_with_status(rpc_status.to_status(errors.to_status(failure, request_id)))
+            await _abort(context, failure, request_id)
         _report(kit, plan, "OK", started, request_id, caller)
         context.set_trailing_metadata((("x-request-id", request_id),))
         return response
@@ -189,10 +175,16 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
             kit.streams.discard(task)
         if failure is not None:
             _report(kit, plan, failure.code.name, started, request_id, caller)
-            await context.abort_with_status(rpc_status.to_status(errors.to_status(failure, request_id)))
+            await _abort(context, failure, request_id)
         _report(kit, plan, "OK", started, request_id, caller)
+        context.set_trailing_metadata((("x-request-id", request_id),))
 
     return stream
+
+
+async def _abort(context: Any, failure: errors.Error, request_id: str) -> None:
+    status = rpc_status.to_status(errors.to_status(failure, request_id))
+    await context.abort(status.code, status.details, (*status.trailing_metadata, ("x-request-id", request_id)))
 
 
 def _request_id(context: Any) -> str:

@@ -60,8 +60,11 @@ class SecretBox:
         return _encrypt(self._keys[self.current], data_key, f"dek/{place}")
 
     def _unwrap(self, sealed: str, place: str) -> tuple[bytes, str]:
-        version, key_id, wrapped, body = [*sealed.split("."), "", "", "", ""][:4]
-        if version != VERSION or key_id not in self._keys:
+        parts = sealed.split(".")
+        if len(parts) != 4 or parts[0] != VERSION:
+            raise SecretError("a secret has another form")
+        _, key_id, wrapped, body = parts
+        if key_id not in self._keys:
             raise SecretError(f"no key with the id {key_id!r} is on the ring")
         try:
             return _decrypt(self._keys[key_id], wrapped, f"dek/{place}"), body
@@ -83,12 +86,16 @@ class SecretBox:
 
 def _encrypt(key: AESGCM, plain: bytes, place: str) -> str:
     nonce = os.urandom(_NONCE)
-    return base64.urlsafe_b64encode(nonce + key.encrypt(nonce, plain, place.encode())).decode().rstrip("=")
+    return _text(nonce + key.encrypt(nonce, plain, place.encode()))
+
+
+def _text(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def _decrypt(key: AESGCM, text: str, place: str) -> bytes:
     raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     # AESGCM of cryptography always takes 16-byte tags; anything shorter than nonce and tag is refused here.
-    if len(raw) < _NONCE + 16:
-        raise ValueError("too short")
+    if len(raw) < _NONCE + 16 or _text(raw) != text:
+        raise ValueError("too short, or another spelling of the same bytes")
     return key.decrypt(raw[:_NONCE], raw[_NONCE:], place.encode())

@@ -4,8 +4,10 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import structlog
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -77,10 +79,23 @@ def configure_logs(level: str = "info", *, pretty: bool = False) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # Libraries log parameters and headers at their own levels: only their warnings pass, as plain lines.
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format='{"level":"%(levelname)s","logger":"%(name)s","event":%(message)r}'
-    )
+    # Libraries log parameters and headers at their own levels: only their warnings pass.
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(_LibraryLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines], force=True)
+
+
+class _LibraryLines(logging.Formatter):
+    """What libraries log, in our form: the first line of the text, and of an exception only its type and where it came from."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line of JSON."""
+        text = (record.getMessage().splitlines() or [""])[0]
+        at = datetime.fromtimestamp(record.created, UTC).isoformat()
+        event: dict[str, Any] = {"event": text, "logger": record.name, "level": record.levelname.lower(), "timestamp": at}
+        if record.exc_info:
+            event["exc_info"] = record.exc_info[1]
+        return orjson.dumps(_format_exception(None, "", event)).decode()
 
 
 def _format_exception(logger: Any, name: str, event: Any) -> Any:

@@ -6,7 +6,7 @@ from sqlalchemy import String, select
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.kit.columns import Timestamps
-from services.kit.db import ALL, Database
+from services.kit.db import ALL, Database, insert_for
 from services.kit.secrets import SecretBox, SecretError
 from services.kit.settings import KitSettings, decode_key
 
@@ -29,16 +29,20 @@ def open_box(settings: KitSettings) -> SecretBox:
 async def check_keys(db: Database, box: SecretBox, model: Any) -> None:
     """SecretError when a key differs from the one that the database was written with. Plants the canary of a new key."""
     async with db.transaction(ALL) as session:
-        rows = {row.key_id: row for row in (await session.scalars(select(model))).all()}
-        for key_id, row in rows.items():
+        # Planted first: of several processes that start at once, one plants and the others compare with it.
+        planted = insert_for(session)(model).values(key_id=box.current, sealed=box.seal(_PLAIN, _place(box, box.current)))
+        await session.execute(planted.on_conflict_do_nothing(index_elements=["key_id"]))
+        for row in (await session.scalars(select(model))).all():
             try:
-                if box.open(row.sealed, f"canary/{key_id}/hmac-{box.digest('canary', key_id).hex()}") != _PLAIN:
+                if box.open(row.sealed, _place(box, row.key_id)) != _PLAIN:
                     raise SecretError("a canary changed")
             except SecretError:
                 raise SecretError(
-                    f"the database {db.name} was written with another key {key_id!r} or another CLAWPLANE_HMAC_KEY: "
+                    f"the database {db.name} was written with another key {row.key_id!r} or another CLAWPLANE_HMAC_KEY: "
                     "give back the keys that it was made with"
                 ) from None
-        if box.current not in rows:
-            place = f"canary/{box.current}/hmac-{box.digest('canary', box.current).hex()}"
-            session.add(model(key_id=box.current, sealed=box.seal(_PLAIN, place)))
+
+
+def _place(box: SecretBox, key_id: str) -> str:
+    # The digest makes the canary fail under another HMAC key as well.
+    return f"canary/{key_id}/hmac-{box.digest('canary', key_id).hex()}"

@@ -34,7 +34,7 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class Faults:
-    """Armed faults; each is used for ``times`` (1) matching calls after letting ``skip`` (0) pass."""
+    """Armed faults; each is used for ``times`` (1) matching calls after letting ``skip`` (0) pass. With ``name`` only for calls about it."""
 
     def __init__(self) -> None:
         self._armed: list[tuple[str, Json]] = []
@@ -42,11 +42,11 @@ class Faults:
     def arm(self, pattern: str, fault: Json) -> None:
         self._armed.append((pattern, {"times": 1, "skip": 0} | fault))
 
-    def take(self, call: str) -> Json:
+    def take(self, call: str, about: str = "") -> Json:
         """The fault for this call, or nothing."""
         self._armed = [one for one in self._armed if one[1]["times"] > 0]
         for pattern, fault in self._armed:
-            if fnmatchcase(call, pattern):
+            if fnmatchcase(call, pattern) and fault.get("name", about) == about:
                 if fault["skip"] > 0:
                     fault["skip"] -= 1
                     return {}
@@ -289,9 +289,9 @@ async def api(step: str, request: Request) -> Response:
     """Every call of a driver: logs it, does it, and breaks where a fault is armed."""
     body = await request.json() if request.method == "POST" else {}
     order = market.orders.get(request.path_params.get("id", ""))
-    fault = market.faults.take(step)
-    kind = fault.get("kind", "")
     name = order.name if order else body.get("name", request.query_params.get("name", ""))
+    fault = market.faults.take(step, name)
+    kind = fault.get("kind", "")
     entry: Json = {"at": time.time(), "step": step, "name": name, "order": order.id if order else "", "fault": kind, "status": 0}
     entry |= {one: body[one] for one in ("provider", "start_id") if one in body}
     market.log.append(entry)
@@ -312,12 +312,14 @@ async def api(step: str, request: Request) -> Response:
 
 
 async def control(request: Request) -> Response:
-    """POST /_sim/{faults|providers|settings|kill|reset}; GET reset too."""
+    """POST /_sim/{faults|calm|providers|settings|kill|reset}; GET reset too. ``calm`` ends all faults."""
     what, query = request.path_params["what"], request.query_params
     body = await request.json() if await request.body() else {}
     match what:
         case "faults":
             market.faults.arm(body["step"], body)
+        case "calm":
+            market.faults = Faults()
         case "providers":
             market.providers = body
         case "settings":

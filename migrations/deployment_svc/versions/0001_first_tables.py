@@ -56,6 +56,7 @@ def upgrade() -> None:
     sa.Column('attempts', sa.Integer(), nullable=False),
     sa.Column('attempting_since', sa.DateTime(timezone=True), nullable=True),
     sa.Column('tried_providers', sa.JSON(), nullable=False),
+    sa.Column('bidders', sa.JSON(), nullable=False),
     sa.Column('order_intended', sa.Boolean(), nullable=False),
     sa.Column('akash_deployment_id', sa.String(length=128), nullable=True),
     sa.Column('manifest_sealed', sa.Text(), nullable=True),

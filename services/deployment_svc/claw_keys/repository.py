@@ -23,12 +23,24 @@ def mint(session: AsyncSession, d: Deployment, box: SecretBox, environment: str)
     return key
 
 
-async def revoke(session: AsyncSession, deployment_id: str, *, but: str = "") -> None:
-    """Revokes every key of a deployment but one."""
+async def revoke(session: AsyncSession, deployment_id: str) -> None:
+    """Revokes every key of a deployment."""
     statement = update(ClawKey).where(ClawKey.deployment_id == deployment_id, ClawKey.revoked_at.is_(None))
-    if but:
-        statement = statement.where(ClawKey.id != but)
     await session.execute(statement.values(revoked_at=now()))
+
+
+async def keep_only(session: AsyncSession, deployment_id: str, running: str, otherwise: str | None) -> str | None:
+    """Revokes every key of a deployment but that of the start which runs, and returns its id.
+
+    ``running`` is what the market says; when that is no unrevoked key of the deployment, ``otherwise`` is kept.
+    """
+    statement = select(ClawKey).where(ClawKey.deployment_id == deployment_id, ClawKey.revoked_at.is_(None))
+    valid = (await session.scalars(statement)).all()
+    kept = running if running in {key.id for key in valid} else otherwise
+    for key in valid:
+        if key.id != kept:
+            key.revoked_at = now()
+    return kept
 
 
 def resolver(db: Database, box: SecretBox) -> KeyResolver:

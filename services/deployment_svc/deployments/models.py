@@ -61,6 +61,8 @@ class Deployment(Versioned, Tenant, Leased, Base):
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     attempting_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     tried_providers: Mapped[list[str]] = mapped_column(JSON, default=list)
+    bidders: Mapped[list[str]] = mapped_column(JSON, default=list)
+    """Who made an offer for the order: after a lease, a market forgets the others."""
     order_intended: Mapped[bool] = mapped_column(Boolean, default=False)
     akash_deployment_id: Mapped[str | None] = mapped_column(String(128), index=True)
     manifest_sealed: Mapped[str | None] = mapped_column(Text)

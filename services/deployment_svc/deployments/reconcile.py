@@ -11,7 +11,6 @@ from services.deployment_svc.deployments import state
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.deployments.state import Step, next_step
 from services.deployment_svc.deployments.steps import Lost, Steps
-from services.deployment_svc.providers.driver import ProviderError
 from services.kit.columns import now
 from services.kit.db import ALL
 from services.kit.loops import claim, held
@@ -42,6 +41,9 @@ class Reconciler:
 
     def _done(self, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # Its lease runs out, and then it is taken up again.
+            log.error("reconcile.not_released", task=task.get_name(), exc_info=task.exception())
         self._wake()
 
     async def drain(self) -> None:
@@ -77,7 +79,9 @@ class Reconciler:
                 break
             try:
                 row, wait_s = await asyncio.wait_for(self.steps.take(step, row, token), self.settings.step_timeout_s * 2)
-            except (ProviderError, TimeoutError) as error:
+            except Lost:
+                raise
+            except Exception as error:
                 row, wait_s = await self.steps.failed(step, row, token, error)
             overtaken = row.state == state.CLOSING and step is not Step.CLOSE
             if wait_s > 0 and not overtaken:

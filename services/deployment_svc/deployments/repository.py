@@ -56,6 +56,5 @@ def move(session: AsyncSession, d: Deployment, to: int, message: str, *, due_at:
         raise InvalidState(f"a deployment that is {state_name(d.state)} cannot become {state_name(to)}", state=state_name(d.state))
     d.state = to
     d.due_at = due_at or now()
-    if to not in (PENDING,):
-        d.payment_url, d.payment_expires_at = "", None
+    d.payment_url, d.payment_expires_at = "", None
     note(session, d, f"state.{state_name(to).lower()}", message)

@@ -61,9 +61,9 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             if d is None:
                 raise NotFound("deployment")
             if d.state != state.FAILED or d.payment_id is None:
+                what = "is not paid" if d.state == state.FAILED else f"is {repository.state_name(d.state)}"
                 raise InvalidState(
-                    f"only a paid deployment that FAILED can be retried; this one is {repository.state_name(d.state)}",
-                    state=repository.state_name(d.state),
+                    f"only a paid deployment that FAILED can be retried; this one {what}", state=repository.state_name(d.state)
                 )
             d.attempts, d.attempting_since, d.tried_providers = 0, None, []
             d.generation += 1

@@ -83,8 +83,13 @@ def after_failure(d: Deployment, untried_bidder: bool, at: datetime, s: Deployme
     since = d.attempting_since or at
     enough = d.attempts >= s.fail_after_attempts and at - since >= timedelta(seconds=s.fail_after_s)
     # Another bidder costs nothing to try at once; the same one again deserves a pause.
-    pause = 0.0 if untried_bidder else min(s.backoff_max_s, s.backoff_s * 2 ** max(0, d.attempts - 1))
+    pause = 0.0 if untried_bidder else backoff(d.attempts, s)
     return Verdict(enough and not untried_bidder, at + timedelta(seconds=pause))
+
+
+def backoff(failures: int, s: DeploymentSettings) -> float:
+    """Seconds to wait after the given number of failures in a row: doubles up to a limit."""
+    return float(min(s.backoff_max_s, s.backoff_s * 2 ** min(30, max(0, failures - 1))))
 
 
 def forget_order(d: Deployment) -> None:
@@ -92,4 +97,5 @@ def forget_order(d: Deployment) -> None:
     d.order_intended, d.undoing = False, False
     d.akash_deployment_id = d.manifest_sealed = d.offers_since = None
     d.provider, d.offer_reference, d.provider_url = "", "", ""
+    d.bidders = []
     d.akash_lease_id = d.leased_at = None

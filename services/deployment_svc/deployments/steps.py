@@ -1,10 +1,14 @@
 """The steps of provisioning. Each asks the market one thing outside any transaction and writes the answer down."""
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import TypeVar
 
+import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.blacklist.repository import excluded
@@ -18,6 +22,7 @@ from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.secrets import SecretBox
 
+log = structlog.get_logger()
 T = TypeVar("T")
 Next = tuple[Deployment, float]
 """The row as it is now, and how long to wait before its next step, in seconds."""
@@ -32,6 +37,8 @@ class Steps:
 
     def __init__(self, db: Database, settings: DeploymentSettings, box: SecretBox, driver: Driver) -> None:
         self.db, self.settings, self.box, self.driver = db, settings, box, driver
+        self._failures: Counter[str] = Counter()
+        """Failures of the market in a row, by deployment; only for the pause, so a restart may forget them."""
 
     async def take(self, step: Step, d: Deployment, token: str) -> Next:
         """Takes the given step. ProviderError says that the market did not do its part."""
@@ -39,7 +46,9 @@ class Steps:
             Step.INTEND: self._intend, Step.CREATE: self._create, Step.CHOOSE: self._choose, Step.LEASE: self._lease,
             Step.READY: self._ready, Step.WATCH: self._watch, Step.UNDO: self._undo, Step.CLOSE: self._close,
         }  # fmt: skip
-        return await steps[step](d, token)
+        result = await steps[step](d, token)
+        self._failures.pop(d.id, None)
+        return result
 
     async def _intend(self, d: Deployment, token: str) -> Next:
         async def write(session: AsyncSession, row: Deployment) -> None:
@@ -52,8 +61,7 @@ class Steps:
 
     async def _create(self, d: Deployment, token: str) -> Next:
         # Creating is not idempotent: what an earlier, lost call made carries our name and is closed first.
-        for orphan in await self._ask(self.driver.find(self._spec(d).name)):
-            await self._ask(self.driver.close(orphan.id))
+        await self._close_orders(d)
         order = await self._ask(self.driver.create(self._spec(d)))
 
         async def write(session: AsyncSession, row: Deployment) -> None:
@@ -73,11 +81,12 @@ class Steps:
             why = f"all {len(offers)} bidders are blacklisted" if offers else "no provider made an offer"
             raise ProviderError(why, "provider")
         if not usable or waited < timedelta(seconds=self.settings.bid_window_s):
-            return d, min(1.0, max(0.05, self.settings.bid_window_s / 5))
+            return d, self._pause(d.offers_since)
         chosen = choose(usable, d.tried_providers)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             row.provider, row.offer_reference = chosen.provider, chosen.reference
+            row.bidders = sorted({offer.provider for offer in offers})
             left_out = f"; blacklisted: {', '.join(sorted(barred))}" if barred else ""
             repository.note(
                 session, row, "provider.chosen", f"{chosen.provider} at {chosen.price} an hour, of {len(usable)} offers{left_out}"
@@ -98,13 +107,10 @@ class Steps:
             row.claw_key_id = key.id
             return key.text
 
+        opened = [secrets.open_column(self.box, d, column) for column in ("channel_token", "channel_api_key")]
         d, claw_key = await self._write_and_get(d, token, mint)
-        handed = Secrets(
-            claw_key,
-            secrets.open_column(self.box, d, "channel_token"),
-            secrets.open_column(self.box, d, "channel_api_key"),
-        )
-        offer = Offer(d.provider, price=0, reference=d.offer_reference)  # type: ignore[arg-type]
+        handed = Secrets(claw_key, *opened)
+        offer = Offer(d.provider, Decimal(0), reference=d.offer_reference)
         lease = await self._ask(self.driver.lease(self._order(d), offer, self._spec(d), handed, d.claw_key_id or ""))
         return await self._leased(d, token, lease.id, "started")
 
@@ -113,7 +119,7 @@ class Steps:
             row.akash_lease_id, row.leased_at = lease_id, now()
             repository.note(session, row, "lease.created", f"{how} at {row.provider}, lease {lease_id}")
 
-        return await self._write(d, token, write), 0.05
+        return await self._write(d, token, write), 0
 
     async def _ready(self, d: Deployment, token: str) -> Next:
         seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
@@ -122,7 +128,9 @@ class Steps:
         if seen.phase != "ready":
             if now() - (d.leased_at or now()) > timedelta(seconds=self.settings.ready_timeout_s):
                 raise ProviderError(f"the bot at {d.provider} did not answer in time", "provider")
-            return d, min(0.2, self.settings.poll_s)
+            return d, self._pause(d.leased_at)
+        # An order that was placed twice, since the answer came too late, is given back.
+        await self._close_orders(d, but=d.akash_deployment_id or "")
         return await self._write(d, token, lambda session, row: self._activate(session, row, seen)), self.settings.watch_s
 
     async def _activate(self, session: AsyncSession, row: Deployment, seen: Observation) -> None:
@@ -133,61 +141,79 @@ class Steps:
         row.attempts, row.attempting_since, row.tried_providers = 0, None, []
         row.activated_at = row.activated_at or now()
         row.manifest_sealed = None
-        # Only now, and never the key of the start that really runs: an older one may belong to a bot that still reports.
-        await claw_keys.revoke(session, row.id, but=seen.start_id or row.claw_key_id or "")
+        # Which start runs is the bot's word: a call whose answer was lost may have begun an earlier one.
+        row.claw_key_id = await claw_keys.keep_only(session, row.id, seen.start_id, row.claw_key_id)
         repository.move(session, row, state.ACTIVE, f"the bot answers at {row.provider}")
 
     async def _watch(self, d: Deployment, token: str) -> Next:
         seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
-        if seen.phase not in ("absent", "lost"):
+        silent = "" if seen.phase == "ready" else f"the bot at {d.provider} does not answer right now"
+        known = (d.provider_url, d.error_message)
+        if seen.phase in ("starting", "ready") and known == (seen.url or d.provider_url, silent):
             return d, self.settings.watch_s
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             if row.state != state.ACTIVE:
                 return
+            if seen.phase in ("starting", "ready"):
+                row.provider_url, row.error_message = seen.url or row.provider_url, silent
+                return
             row.undoing, row.provider_url = True, ""
             row.error_message = f"the bot at {row.provider} is gone: {seen.reason or seen.phase}; it is started again"
             repository.move(session, row, state.DEPLOYING, row.error_message)
 
-        return await self._write(d, token, write), 0
+        d = await self._write(d, token, write)
+        return d, self.settings.watch_s if d.state == state.ACTIVE else 0
 
     async def _undo(self, d: Deployment, token: str) -> Next:
-        if d.akash_deployment_id:
-            await self._ask(self.driver.close(d.akash_deployment_id))
+        await self._close_orders(d)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             state.forget_order(row)
+            if row.state == state.FAILED:
+                await claw_keys.revoke(session, row.id)
 
         d = await self._write(d, token, write)
         wait = (d.due_at - now()).total_seconds() if d.due_at and d.state == state.DEPLOYING else 0
         return d, max(0.0, wait)
 
     async def _close(self, d: Deployment, token: str) -> Next:
-        if d.akash_deployment_id:
-            await self._ask(self.driver.close(d.akash_deployment_id))
-        for orphan in await self._ask(self.driver.find(self._spec(d).name)):
-            await self._ask(self.driver.close(orphan.id))
+        await self._close_orders(d)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             state.forget_order(row)
             row.error_message = ""
+            # Nothing will need them again.
+            row.channel_token_sealed = row.channel_api_key_sealed = None
             await claw_keys.revoke(session, row.id)
             repository.move(session, row, state.CLOSED, "taken down")
 
         return await self._write(d, token, write), 0
 
+    async def _close_orders(self, d: Deployment, but: str = "") -> None:
+        """Closes the deployment's order and whatever else carries its name, except ``but``."""
+        ours = [d.akash_deployment_id] if d.akash_deployment_id else []
+        named = [order.id for order in await self._ask(self.driver.find(self._spec(d).name))]
+        for order_id in dict.fromkeys([*ours, *named]):
+            if order_id != but:
+                await self._ask(self.driver.close(order_id))
+
     async def failed(self, step: Step, d: Deployment, token: str, error: Exception) -> Next:
         """What follows when a step failed: wait and repeat it, or undo the attempt and make another, or give up."""
-        blame = error.blame if isinstance(error, ProviderError) else "market"
-        text = str(error) or "the market did not answer in time"
+        self._failures[d.id] += 1
+        blame, text, pause = self._judge(step, d, error)
         if blame == "market" or step in (Step.WATCH, Step.UNDO, Step.CLOSE):
-            pause = getattr(error, "retry_after_s", 0) or min(self.settings.backoff_s, 5)
-            return await self._write(d, token, lambda session, row: self._remember(row, text)), pause
-        untried = await self._untried(d) if blame == "provider" else False
-        pause = 0.0
+
+            async def remember(session: AsyncSession, row: Deployment) -> None:
+                if row.state != state.FAILED:  # Its reason says more.
+                    row.error_message = f"waiting: {text}"
+
+            return await self._write(d, token, remember), pause
+        async with self.db.read(ALL) as session:
+            barred = await excluded(session, d.bidders)
+        untried = blame == "provider" and bool({*d.bidders} - {*d.tried_providers, d.provider} - barred)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
-            nonlocal pause
             if row.state != state.DEPLOYING:
                 return
             if row.provider and row.provider not in row.tried_providers:
@@ -195,24 +221,35 @@ class Steps:
             verdict = state.after_failure(row, untried, now(), self.settings)
             row.undoing, row.error_message = True, f"attempt {row.attempts} failed: {text}"
             repository.note(session, row, "attempt.failed", row.error_message)
-            row.due_at = verdict.retry_at
             if verdict.give_up:
                 repository.move(session, row, state.FAILED, row.error_message)
+            else:
+                row.due_at = verdict.retry_at
 
-        return await self._write(d, token, write), pause
+        return await self._write(d, token, write), 0
 
-    async def _untried(self, d: Deployment) -> bool:
-        """Whether a bidder is left that this deployment has not tried and that is not blacklisted."""
-        try:
-            offers = await self._ask(self.driver.offers(self._order(d))) if d.akash_deployment_id else []
-        except (ProviderError, TimeoutError):
-            return False
-        left = {offer.provider for offer in offers} - {*d.tried_providers, d.provider}
-        async with self.db.read(ALL) as session:
-            return bool(left - await excluded(session, left)) if left else False
+    def _judge(self, step: Step, d: Deployment, error: Exception) -> tuple[str, str, float]:
+        """Whom to blame, what to tell the owner, and the pause before the step is repeated, in seconds."""
+        pause = state.backoff(self._failures[d.id], self.settings) * random.uniform(0.8, 1.2)
+        if isinstance(error, ProviderError):
+            blame: str = error.blame
+            text, pause = str(error), error.retry_after_s or pause
+        elif isinstance(error, TimeoutError):
+            blame, text = "market", "the market did not answer in time"
+        else:
+            # Its words are not for the owner, and may hold anything.
+            blame, text = "market", "something is wrong on our side; we are told of it"
+            log.error("reconcile.failed", deployment_id=d.id, step=step.value, exc_info=error)
+        patience = timedelta(seconds=self.settings.bid_timeout_s + self.settings.ready_timeout_s)
+        if step is Step.LEASE and d.offers_since and now() - d.offers_since > patience:
+            # The market takes orders, but nothing comes of the lease: another provider may do better.
+            blame = "provider"
+        return blame, text, pause
 
-    async def _remember(self, row: Deployment, text: str) -> None:
-        row.error_message = f"waiting: {text}"
+    def _pause(self, since: datetime | None) -> float:
+        """Before asking again for what was not there yet, in seconds: short at first, longer the longer it takes."""
+        waited_s = (now() - since).total_seconds() if since else 0
+        return min(self.settings.watch_s, max(0.05, waited_s / 5))
 
     async def _ask(self, request: Awaitable[T]) -> T:
         return await asyncio.wait_for(request, self.settings.step_timeout_s)

@@ -6,6 +6,7 @@ standard input: start_id, deployment_id, model, channel, claw_key, channel_token
 
 import fcntl
 import html
+import http.client
 import json
 import os
 import signal
@@ -23,6 +24,8 @@ EXIT_HELD = 3
 _MAX_BODY = 64 * 1024
 _LOCK_WAIT_S = 2.0
 _MAX_PAUSE_S = 10.0
+_REFUSED_FOR_GOOD = (400, 413, 422)
+"""Statuses that say the event itself is wrong. Any other may be a gateway's or a key's passing trouble."""
 _PROVIDERS = {"claude": "anthropic", "gpt": "openai", "gemini": "google", "minimax": "minimax"}
 
 
@@ -101,7 +104,12 @@ class Reporter:
         while not self._stop:
             self._wake.wait(timeout=None if not self._events else pause)
             self._wake.clear()
-            pause = 0.2 if self.flush() else min(_MAX_PAUSE_S, pause * 2)
+            try:
+                done = self.flush()
+            except OSError as error:
+                print(f"the journal cannot be written: {error}", flush=True)
+                done = False
+            pause = 0.2 if done else min(_MAX_PAUSE_S, pause * 2)
 
     def flush(self) -> bool:
         """Sends what is kept, oldest first; False when something has to wait."""
@@ -133,11 +141,11 @@ class Reporter:
                 return True
         except urllib.error.HTTPError as error:
             error.close()
-            if error.code in (401, 403, 408, 429) or error.code >= 500:
+            if error.code not in _REFUSED_FOR_GOOD:
                 return False
             print(f"usage event {event['id']} was refused with {error.code}", flush=True)
             return True
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return False
 
     def close(self) -> None:

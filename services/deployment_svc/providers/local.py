@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ _START_S = 10.0
 """Longest start of a bot."""
 _SILENT_S, _SILENT_TIMES = 3.0, 3
 """A bot that does not answer this long and this often in a row is lost."""
-_KILL_AFTER_S = 2.0
+_KILL_AFTER_S, _STOP_S = 2.0, 10.0
+"""A bot is killed when it has not ended by itself, and given up on when that does not help either."""
+_HALF_MADE_S = 60.0
+"""A folder without an order is what a crash left, unless it is younger."""
 
 
 class LocalDriver:
@@ -58,9 +61,12 @@ class LocalDriver:
     async def find(self, name: str) -> list[Order]:
         def scan() -> list[Order]:
             found = []
-            for path in self.root.glob("ord-*/order.json"):
-                if (_read(path) or {}).get("name") == name:
-                    found.append(Order(path.parent.name, name))
+            for folder in self.root.glob("ord-*"):
+                order = _read(folder / "order.json")
+                if order is None:
+                    _sweep(folder)
+                elif order["name"] == name:
+                    found.append(Order(folder.name, name))
             return found
 
         return await asyncio.to_thread(scan)
@@ -71,21 +77,23 @@ class LocalDriver:
         return [Offer(provider, price, Decimal(1), f"{provider}/{order.id}") for provider, price in self.providers.items()]
 
     async def lease(self, order: Order, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
-        return await asyncio.to_thread(self._lease, order, offer, spec, secrets, start_id)
+        try:
+            return await asyncio.to_thread(self._lease, self._folder(order.id), offer, spec, secrets, start_id)
+        except FileNotFoundError:
+            raise ProviderError(f"there is no order {order.id}", "provider") from None
 
-    def _lease(self, order: Order, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
-        folder = self._folder(order.id)
-        if not (folder / "order.json").exists():
-            raise ProviderError(f"there is no order {order.id}", "provider")
+    def _lease(self, folder: Path, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
         with _only_one(folder / "lease.lock"):
+            if not (folder / "order.json").exists():
+                raise FileNotFoundError
             known = _read(folder / "lease.json")
             if known and _is_alive(folder):
                 return Lease(known["lease_id"], known["provider"])
-            lease = Lease(f"{offer.provider}/{order.id}", offer.provider)
+            lease = Lease(f"{offer.provider}/{folder.name}", offer.provider)
             (folder / "bot.json").unlink(missing_ok=True)
             intent = {"lease_id": lease.id, "provider": offer.provider, "start_id": start_id, "at": time.time()}
             bot.write_atomically(folder / "lease.json", json.dumps(intent))
-            child = self._children[order.id] = self._spawn(folder, spec, secrets, start_id)
+            child = self._children[folder.name] = self._spawn(folder, spec, secrets, start_id)
             deadline = time.monotonic() + _START_S
             while not (folder / "bot.json").exists():
                 if child.poll() is not None or time.monotonic() > deadline:
@@ -155,7 +163,8 @@ class LocalDriver:
     async def close(self, order_id: str) -> None:
         folder = self._folder(order_id)
         if folder.exists():
-            await asyncio.to_thread(self._close, folder)
+            with suppress(FileNotFoundError):  # Somebody else closed it in the same moment.
+                await asyncio.to_thread(self._close, folder)
         self._silent.pop(order_id, None)
 
     def _close(self, folder: Path) -> None:
@@ -165,7 +174,8 @@ class LocalDriver:
             for path in folder.iterdir():
                 if path.name not in ("order.json", "lease.lock"):
                     path.unlink()
-            shutil.rmtree(folder)
+            (folder / "order.json").unlink()
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _stop(self, folder: Path) -> None:
         """Ends the bot of a folder: politely, then not."""
@@ -178,6 +188,8 @@ class LocalDriver:
                 process = _holder(folder)
             elif time.monotonic() > deadline:
                 _signal(process, signal.SIGKILL)
+            if time.monotonic() > deadline + _STOP_S:
+                raise ProviderError("the bot's process does not end", "market")
             time.sleep(0.02)
         child = self._children.pop(folder.name, None)
         if child is not None:
@@ -187,8 +199,14 @@ class LocalDriver:
 
     async def stop_all(self) -> None:
         """Stops every bot and keeps the orders: at the next start they are seen as lost, and started again."""
+
+        def stop(folder: Path) -> None:
+            # A start in hand ends first, or its bot would come after us.
+            with suppress(FileNotFoundError), _only_one(folder / "lease.lock"):
+                self._stop(folder)
+
         folders = [path.parent for path in self.root.glob("ord-*/order.json")]
-        await asyncio.gather(*(asyncio.to_thread(self._stop, folder) for folder in folders))
+        await asyncio.gather(*(asyncio.to_thread(stop, folder) for folder in folders))
 
     async def shutdown(self) -> None:
         await self._http.aclose()
@@ -201,16 +219,20 @@ class LocalDriver:
 
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
-    """One caller at a time, over all processes."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        raise ProviderError("the order was closed meanwhile", "provider") from None
+    """One caller at a time, over all processes. FileNotFoundError when the order's folder is gone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what a crash in the middle of create or close left."""
+    with suppress(FileNotFoundError):
+        if time.time() - folder.stat().st_mtime > _HALF_MADE_S and not _is_alive(folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_alive(folder: Path) -> bool:

@@ -10,6 +10,14 @@ _BUNDLED = Path(__file__).with_name("prices.toml")
 _MILLION = Decimal(1_000_000)
 
 
+def _exact(text: "str | int | Decimal") -> Decimal:
+    """A price; ArithmeticError when the ledger, which keeps twelve places, could not hold the cost of one token."""
+    price = Decimal(text)
+    if not 0 <= price < _MILLION or price != round(price, 6):
+        raise ArithmeticError(f"{text} is no price from 0 to {_MILLION} with at most six decimal places")
+    return price
+
+
 @dataclass(frozen=True)
 class Price:
     """Price for a million tokens of each kind."""
@@ -31,12 +39,12 @@ class PriceBook:
     @classmethod
     def load(cls, path: str = "") -> "PriceBook":
         """From a TOML file; empty: the bundled one. ValueError names what is wrong."""
-        raw = tomllib.loads(Path(path or _BUNDLED).read_text())
+        raw = tomllib.loads(Path(path or _BUNDLED).read_text(), parse_float=Decimal)
         try:
             prices = tuple(
                 Price(
-                    row["provider"], row["model"], Decimal(row["tokens_in"]), Decimal(row.get("tokens_cached", row["tokens_in"])),
-                    Decimal(row["tokens_out"]),
+                    row["provider"], row["model"], _exact(row["tokens_in"]), _exact(row.get("tokens_cached", row["tokens_in"])),
+                    _exact(row["tokens_out"]),
                 )
                 for row in raw["prices"]
             )  # fmt: skip

@@ -12,8 +12,6 @@ from services.deployment_svc.usage.models import UsageEvent, UsageRollup
 from services.deployment_svc.usage.rules import rolled_up
 from services.kit.db import insert_for
 
-_CHUNK = 500
-"""Rows a statement: both drivers take at most 32,767 parameters."""
 _SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
 
 
@@ -21,11 +19,9 @@ async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tu
     """Stores those events that are new, with their roll-ups, and returns their (id, month)."""
     insert = insert_for(session)
     ordered = sorted(rows, key=lambda row: (row["org_id"], row["id"], row["month"]))
-    stored: set[tuple[str, date]] = set()
-    for start in range(0, len(ordered), _CHUNK):
-        statement = insert(UsageEvent).values(ordered[start : start + _CHUNK]).on_conflict_do_nothing()
-        result = await session.execute(statement.returning(UsageEvent.id, UsageEvent.month))
-        stored.update((row.id, row.month) for row in result)
+    # Given as parameters, SQLAlchemy splits the rows into statements that both drivers can take (32,767 parameters at most).
+    statement = insert(UsageEvent).on_conflict_do_nothing().returning(UsageEvent.id, UsageEvent.month)
+    stored = {(row.id, row.month) for row in await session.execute(statement, ordered)}
     for rollup in rolled_up(row for row in ordered if (row["id"], row["month"]) in stored):
         upsert = insert(UsageRollup).values(rollup)
         added = {name: getattr(UsageRollup, name) + getattr(upsert.excluded, name) for name in _SUMS}
@@ -42,8 +38,6 @@ async def find(session: AsyncSession, event_id: str, month: date) -> UsageEvent 
 
 async def own_deployments(session: AsyncSession, wanted: set[str]) -> set[str]:
     """Those of the deployments that belong to the session's organization."""
-    if not wanted:
-        return set()
     return set((await session.scalars(select(Deployment.id).where(Deployment.id.in_(wanted)))).all())
 
 

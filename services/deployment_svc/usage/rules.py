@@ -14,15 +14,21 @@ from services.kit.errors import InvalidArgument
 from services.kit.ids import uuid7_time
 from services.kit.proto import to_datetime
 
+_SAME_MOMENT = timedelta(hours=1)
+"""An id made just before the end of a month, for a call just after it, is no contradiction: the id's time counts."""
+
 
 def occurred(event: pb.UsageEvent, at: datetime, late: timedelta, ahead: timedelta) -> datetime:
     """When an event happened; its month is part of its identity, so a UUIDv7's own time decides the month."""
     inside = _time_in_id(event.id)
     given = to_datetime(event.occurred_at) if event.HasField("occurred_at") else None
-    if inside is None and given is None:
+    if given is None and inside is None:
         raise InvalidArgument("occurred_at", "is needed, since the id is no UUID of version 7 and carries no time")
-    if inside is not None and given is not None and month_of(inside) != month_of(given):
-        raise InvalidArgument("occurred_at", "lies in another month than the time in the id")
+    if given is not None and inside is not None and month_of(inside) != month_of(given):
+        if abs(given - inside) <= _SAME_MOMENT:
+            given = None
+        elif "-" in event.id:  # Without dashes it may be no UUID: one of 64 random texts looks like one of version 7.
+            raise InvalidArgument("occurred_at", "lies in another month than the time in the id")
     when = given or inside
     assert when is not None
     if when < at - late:

@@ -1,5 +1,6 @@
 """UsageService: the ledger of model usage."""
 
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 from decimal import Decimal
@@ -28,6 +29,7 @@ _GROUPS = {
     UsageGroup.USAGE_GROUP_DEPLOYMENT: "deployment_id",
 }
 _MAX_DAYS = 400
+_DEPLOYMENT = re.compile("dep_[0-9a-f]{32}")
 Row = dict[str, Any]
 
 
@@ -40,8 +42,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         self.ahead = timedelta(seconds=settings.usage_ahead_s)
 
     async def RecordUsage(self, request: usage_service_pb2.RecordUsageRequest, call: Call) -> usage_service_pb2.RecordUsageResponse:
-        async with call.read() as session:
-            own = await repository.own_deployments(session, _named([request.event], call))
+        own = await _own([request.event], call)
         try:
             row = self._row(request.event, call, own)
         except InvalidFields as error:
@@ -60,8 +61,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         self, request: usage_service_pb2.BatchRecordUsageRequest, call: Call
     ) -> usage_service_pb2.BatchRecordUsageResponse:
         response = usage_service_pb2.BatchRecordUsageResponse()
-        async with call.read() as session:
-            own = await repository.own_deployments(session, _named(request.events, call))
+        own = await _own(request.events, call)
         rows: dict[tuple[str, Any], Row] = {}
         for index, event in enumerate(request.events):
             try:
@@ -111,12 +111,13 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         return response
 
 
-def _named(events: Sequence[usage_event_pb2.UsageEvent], call: Call) -> set[str]:
-    """The deployments that a caller names; a bot's own needs no look-up."""
-    if call.caller.deployment_id:
+async def _own(events: Sequence[usage_event_pb2.UsageEvent], call: Call) -> set[str]:
+    """Those of the named deployments that are the organization's. A bot's own needs no look-up."""
+    named = {event.deployment_id for event in events if _DEPLOYMENT.fullmatch(event.deployment_id)}
+    if call.caller.deployment_id or not named:
         return set()
-    wellformed = {event.deployment_id for event in events if len(event.deployment_id) == len(NO_DEPLOYMENT)}
-    return {text for text in wellformed if text.startswith("dep_") and all(c in "0123456789abcdef" for c in text[4:])}
+    async with call.read() as session:
+        return await repository.own_deployments(session, named)
 
 
 def _sum(row: Row) -> usage_service_pb2.UsageSum:
