@@ -60,7 +60,7 @@ async def crash_at(processes: Processes, market: MarketSimulator, step: Step, ca
     async with Client(processes) as client:
         d = await client.order(person)
         name = f"clawplane-{d.id}"
-        fault = {"step": call, "kind": when, "skip": skip}
+        fault = {"step": call, "kind": when, "skip": skip, "name": name}
         if step is Step.CLOSE:
             await client.pay(d)
             await client.until(d.id, deployment_pb2.STATE_ACTIVE)

@@ -237,12 +237,12 @@ async def test_closing(shop: Shop, buyer: Person, market: MarketSimulator) -> No
     assert (await shop.close(paid, buyer)).state in (DEPLOYING, ACTIVE)
     await shop.until(paid.id, ACTIVE)
     # Closed before it ever ran: the money goes back.
-    await market.post("/_sim/faults", {"step": "offers", "kind": "no_bids", "times": 50})
     early = await shop.order(buyer, "400000002:" + "E" * 35)
+    await market.post("/_sim/faults", {"step": "offers", "kind": "no_bids", "times": 50, "name": f"clawplane-{early.id}"})
     await shop.tell(f"/_sim/sessions/{early.stripe_session_id}/pay")
     await shop.close(early, buyer)
     await shop.until(early.id, CLOSED)
-    await market.post("/_sim/reset")
+    await market.post("/_sim/calm")
     [payment] = await shop.payments_of(early)
     assert payment.refund_due and "before" in payment.attention
 

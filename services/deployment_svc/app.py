@@ -36,7 +36,7 @@ from services.kit.db import Database
 from services.kit.loops import Loop
 from services.kit.server import App
 
-PARTITIONED = ("usage_events", "audit_events")
+PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
 
 
 def create_app(settings: DeploymentSettings) -> App:
@@ -49,10 +49,6 @@ def create_app(settings: DeploymentSettings) -> App:
     driver = _driver(settings)
     checker = PaymentChecker(links)
     reconciler = Reconciler(Steps(db, settings, box, driver), lambda: provisioning.wake())  # noqa: PLW0108 - it is made below
-
-    async def make_partitions() -> bool:
-        await partitions.ensure(db, PARTITIONED)
-        return False
 
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
     kit = Kit(
@@ -78,9 +74,9 @@ def create_app(settings: DeploymentSettings) -> App:
         loops=[
             provisioning,
             Loop("payment-checks", checker.tick, settings.poll_s),
-            Loop("partitions", make_partitions, 6 * 3600),
+            partitions.keeper(db, PARTITIONED),
         ],
-        starters=[lambda: vault.check_keys(db, box, SecretCanary)],
+        starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED)],
         closers=[reconciler.drain, driver.shutdown, to_users.close],
     )
 

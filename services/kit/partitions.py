@@ -1,15 +1,20 @@
 """Monthly partitions on PostgreSQL; SQLite has one table and needs none."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from datetime import date
 
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.kit.columns import now
 from services.kit.db import Database
+from services.kit.loops import Loop
 
 _AHEAD, _BEHIND = 2, 2
 """Months that always have a partition: rows for any other fall into the default one and are still found."""
+
+# Not to_regclass, which answers from a cache that misses what others made since this transaction began.
+_THERE = text("SELECT EXISTS (SELECT 1 FROM pg_class WHERE relname = :name AND pg_table_is_visible(oid))")
 
 
 def months(today: date) -> list[date]:
@@ -18,24 +23,48 @@ def months(today: date) -> list[date]:
     return [date((number + shift) // 12, (number + shift) % 12 + 1, 1) for shift in range(-_BEHIND, _AHEAD + 1)]
 
 
-def partition_ddl(table: str, first: date) -> str:
-    """The statement that makes one month's partition."""
+def _bounds(first: date) -> tuple[str, str]:
+    """Where a month begins and ends, whatever the time zone of the database."""
     after = date(first.year + first.month // 12, first.month % 12 + 1, 1)
-    return (
-        f"CREATE TABLE IF NOT EXISTS {table}_{first:%Y_%m} PARTITION OF {table} "
-        f"FOR VALUES FROM ('{first.isoformat()}') TO ('{after.isoformat()}')"
-    )
+    return f"{first.isoformat()} 00:00:00+00", f"{after.isoformat()} 00:00:00+00"
 
 
-async def ensure(db: Database, tables: Sequence[str]) -> None:
-    """Makes the partitions of the months around today. Safe to call at any time and from several processes."""
+async def ensure(db: Database, tables: Mapping[str, str]) -> None:
+    """Makes the partitions of the months around today, given the tables and the column that each is partitioned by.
+
+    Safe to call at any time and from several processes. Rows of such a month that fell into the default partition move over."""
     if db.is_sqlite:
         return
-    for table in tables:
+    for table, column in tables.items():
         for first in months(now().date()):
-            # Looked for first: CREATE ... IF NOT EXISTS takes a lock on the parent even when there is nothing to do.
+            name = f"{table}_{first:%Y_%m}"
             async with db.writing.begin() as connection:
-                known = await connection.scalar(text("SELECT to_regclass(:name)"), {"name": f"{table}_{first:%Y_%m}"})
-                if known is None:
-                    await connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 11))"), {"name": table})
-                    await connection.execute(text(partition_ddl(table, first)))
+                if await connection.scalar(_THERE, {"name": name}):
+                    continue
+                await connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 11))"), {"name": table})
+                if not await connection.scalar(_THERE, {"name": name}):
+                    await _make(connection, table, column, name, first)
+
+
+async def _make(connection: AsyncConnection, table: str, column: str, name: str, first: date) -> None:
+    begins, ends = _bounds(first)
+    moved = f"DELETE FROM {table}_default WHERE {column} >= '{begins}' AND {column} < '{ends}' RETURNING *"  # noqa: S608 - our own words
+    for statement in (
+        # Whoever writes waits here and finds the new partition; one who was already on the way to the default one would fail.
+        "SET LOCAL lock_timeout = '5s'",
+        f"LOCK TABLE {table} IN ACCESS EXCLUSIVE MODE",
+        f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL)",
+        f"WITH moved AS ({moved}) INSERT INTO {name} SELECT * FROM moved",  # noqa: S608
+        f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{begins}') TO ('{ends}')",
+    ):
+        await connection.execute(text(statement))
+
+
+def keeper(db: Database, tables: Mapping[str, str]) -> Loop:
+    """The loop that makes the months to come."""
+
+    async def tick() -> bool:
+        await ensure(db, tables)
+        return False
+
+    return Loop("partitions", tick, 6 * 3600)

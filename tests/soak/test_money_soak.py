@@ -7,6 +7,7 @@ which counts every start in a process of its own, and no other ever does.
 
 import asyncio
 import collections
+import json
 import random
 import time
 from pathlib import Path
@@ -14,15 +15,17 @@ from typing import Any
 
 import httpx
 import orjson
+import psutil
 import pytest
 
-from clawplane.deployment.v1 import deployment_pb2, payment_service_pb2, sandbox_service_pb2
+from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, payment_service_pb2, sandbox_service_pb2
 from gateway import sandbox_events
 from gateway.webhooks.stripe import sign
+from services.deployment_svc.providers.local import LocalDriver
 from services.user_svc.settings import TIERS, Tier
 from tests.conftest import Databases
 from tests.harness import Person, Stack, eventually, running
-from tests.simulators.market import MarketDriver, MarketSimulator
+from tests.simulators.market import MarketSimulator
 
 DEPLOYMENTS, EVENTS, CALLERS = 500, 10_000, 16
 FATES = {
@@ -98,14 +101,38 @@ async def deliver(stack: Stack, events: list[dict[str, Any]], callers: int) -> c
     return statuses
 
 
-async def run(databases: Databases, market: MarketSimulator, folder: Path, deployments: int, events: int, seed: int) -> None:
-    """The whole proof at a given size."""
+Counts = tuple[dict[str, int], dict[str, int]]
+"""How often each deployment was started, and how many bots it has now."""
+
+
+async def counted_by_market(market: MarketSimulator) -> Counts:
+    """As the market's own process has it."""
+    starts, alive = await market.get("/_sim/starts"), await market.get("/_sim/running")
+    return {name.removeprefix("clawplane-"): n for name, n in starts.items()}, {name.removeprefix("clawplane-"): n for name, n in alive.items()}
+
+
+async def counted_here(stack: Stack, fates: list[Fate]) -> Counts:
+    """As this machine's processes and the deployments' histories have it."""
+    alive: collections.Counter[str] = collections.Counter()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words and words[-1].startswith(str(stack.data_dir)) and any(word.endswith("bot.py") for word in words):
+            alive[json.loads((Path(words[-1]) / "order.json").read_text())["deployment_id"]] += 1
+    starts = {}
+    for fate in fates:
+        request = deployment_service_pb2.ListDeploymentEventsRequest(deployment_id=fate.deployment_id, page_size=100)
+        events = (await stack.deployments.ListDeploymentEvents(request, metadata=stack.operator)).events
+        starts[fate.deployment_id] = sum(event.kind == "lease.created" for event in events)
+    return starts, alive
+
+
+async def run(databases: Databases, market: MarketSimulator | None, folder: Path, deployments: int, events: int, seed: int) -> None:
+    """The whole proof at a given size; without a market the bots are real processes of the local driver."""
     dice = random.Random(seed)
     tiers = TIERS | {"starter": Tier(price_minor=2900, monthly_tokens=0, monthly_credit_minor=0, live_deployments=0)}
-    options = {
-        "driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market.url},
-        "payment_check_s": 4, "refund_check_s": 3, "watch_s": 60,
-    }  # fmt: skip
+    options: dict[str, Any] = {"payment_check_s": 4, "refund_check_s": 3, "watch_s": 60}
+    if market is not None:
+        options |= {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market.url}}
     async with running(folder, databases.make(), deployment=options, user={"tiers": tiers}) as stack:
         people = [await stack.person() for _ in range(max(1, deployments // 10))]
         fates = [
@@ -140,10 +167,9 @@ async def run(databases: Databases, market: MarketSimulator, folder: Path, deplo
             await eventually(settled, 240, 1)
         except AssertionError:
             raise AssertionError(f"never settled: {unsettled.most_common(5)}") from None
-        starts = await market.get("/_sim/starts")
-        alive = await market.get("/_sim/running")
+        starts, alive = await (counted_by_market(market) if market is not None else counted_here(stack, fates))
         for fate in fates:
-            name = f"clawplane-{fate.deployment_id}"
+            name = fate.deployment_id
             if not fate.is_paid:
                 assert starts.get(name, 0) == 0, (fate.name, fate.lost)
             elif not fate.is_refunded:
@@ -154,10 +180,10 @@ async def run(databases: Databases, market: MarketSimulator, folder: Path, deplo
         assert not due.payments
         paid = sum(fate.is_paid and not fate.is_refunded for fate in fates)
         print(f"[{databases.engine}] {paid} paid deployments started exactly once, no other; {time.monotonic() - started:.0f} s in all")
-    await MarketDriver(market.url).shutdown()
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(600)
 async def test_every_paid_deployment_starts_exactly_once(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
     await market.post("/_sim/reset")
     await run(databases, market, tmp_path, DEPLOYMENTS, EVENTS, seed=20261120)
@@ -165,3 +191,12 @@ async def test_every_paid_deployment_starts_exactly_once(databases: Databases, m
 
 async def test_every_paid_deployment_starts_exactly_once_small(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
     await run(databases, market, tmp_path, 20, 400, seed=7)
+
+
+async def test_every_paid_deployment_is_one_process(databases: Databases, tmp_path: Path) -> None:
+    try:
+        await run(databases, None, tmp_path, 5, 100, seed=22)
+    finally:
+        driver = LocalDriver(tmp_path / "local", "")
+        await driver.stop_all()
+        await driver.shutdown()
