@@ -2,8 +2,8 @@
 
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
@@ -28,9 +28,10 @@ def before(folder: Path) -> Path | None:
     commit = commits[0] if dirty and commits else commits[1] if len(commits) > 1 else ""
     if not commit:
         return None
-    archive = subprocess.run(["git", "archive", commit, "proto/clawplane"], cwd=PROTO.parent, check=True, capture_output=True)
-    with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
-        files.extractall(folder, filter="data")
+    command = ["git", "archive", "--format=zip", commit, "proto/clawplane"]
+    archive = subprocess.run(command, cwd=PROTO.parent, check=True, capture_output=True)
+    with zipfile.ZipFile(BytesIO(archive.stdout)) as files:
+        files.extractall(folder)
     return folder / "proto"
 
 
