@@ -17,6 +17,7 @@ from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.reconcile import Reconciler
 from services.deployment_svc.deployments.service import DeploymentService
 from services.deployment_svc.deployments.steps import Steps
+from services.deployment_svc.organizations.reconcile import OrganizationReconciler
 from services.deployment_svc.payments.checkout import Checkout
 from services.deployment_svc.payments.links import Links
 from services.deployment_svc.payments.reconcile import PaymentChecker
@@ -28,11 +29,12 @@ from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
-from services.deployment_svc.users import PERMISSIONS, Users
+from services.deployment_svc.users import PERMISSIONS, Users, access_changed, entitlements_changed
 from services.kit import clients, partitions, vault
-from services.kit.auth import Authenticator, TokenSigner, cached_access
+from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
 from services.kit.db import Database
+from services.kit.feed import Follower, Remembered
 from services.kit.loops import Loop
 from services.kit.server import App
 
@@ -45,6 +47,9 @@ def create_app(settings: DeploymentSettings) -> App:
     box = vault.open_box(settings)
     to_users = clients.channel(settings.user_target)
     users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
+    follower = Follower(users.watch)
+    access = Remembered(follower, users.access, access_changed)
+    entitlements = Remembered(follower, users.entitlements, entitlements_changed)
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)
     checker = PaymentChecker(links)
@@ -53,15 +58,16 @@ def create_app(settings: DeploymentSettings) -> App:
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
     kit = Kit(
         "deployment_svc", settings, db,
-        Authenticator(settings, cached_access(users.access), {claw_keys.PREFIX: claw_keys.resolver(db, box)}), AuditEvent,
+        Authenticator(settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}), AuditEvent,
     )  # fmt: skip
+    organizations = OrganizationReconciler(db, users, links, provisioning.wake)
     add_sandbox = [(sandbox_service_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxService())]
     return App(
         kit=kit,
         services=[
             (
                 deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server,
-                DeploymentService(Creator(settings, box, links, users), links, provisioning.wake),
+                DeploymentService(Creator(settings, box, links, entitlements), links, provisioning.wake),
             ),
             (payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, PaymentService(settings, provisioning.wake)),
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
@@ -74,10 +80,11 @@ def create_app(settings: DeploymentSettings) -> App:
         loops=[
             provisioning,
             Loop("payment-checks", checker.tick, settings.poll_s),
+            Loop("organizations", organizations.tick, settings.poll_s, endless=True),
             partitions.keeper(db, PARTITIONED),
         ],
-        starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED)],
-        closers=[reconciler.drain, driver.shutdown, to_users.close],
+        starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED), follower.start],
+        closers=[follower.stop, reconciler.drain, driver.shutdown, to_users.close],
     )
 
 

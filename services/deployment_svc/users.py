@@ -1,14 +1,22 @@
 """What this service asks of the user service."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 
 import grpc
 
-from clawplane.user.v1 import access_service_pb2, access_service_pb2_grpc, entitlement_service_pb2, entitlement_service_pb2_grpc
+from clawplane.user.v1 import (
+    access_service_pb2,
+    access_service_pb2_grpc,
+    change_service_pb2,
+    change_service_pb2_grpc,
+    entitlement_service_pb2,
+    entitlement_service_pb2_grpc,
+)
+from clawplane.user.v1.change_service_pb2 import Change, ChangeKind
 from services.kit.auth import Access
 from services.kit.errors import NotFound, Unavailable
 
-PERMISSIONS = ("access.resolve", "entitlements.get")
+PERMISSIONS = ("access.resolve", "changes.watch", "entitlements.get")
 """What this service's own token may do there."""
 _TIMEOUT_S = 5.0
 
@@ -19,7 +27,13 @@ class Users:
     def __init__(self, channel: grpc.aio.Channel, credential: Callable[[], Sequence[tuple[str, str]]]) -> None:
         self._access = access_service_pb2_grpc.AccessServiceStub(channel)
         self._entitlements = entitlement_service_pb2_grpc.EntitlementServiceStub(channel)
+        self._changes = change_service_pb2_grpc.ChangeServiceStub(channel)
         self._credential = credential
+
+    def watch(self, after_seq: int) -> AsyncIterable[change_service_pb2.WatchChangesResponse]:
+        """The feed of changes after a number; -1 means from now on."""
+        request = change_service_pb2.WatchChangesRequest(after_seq=after_seq)
+        return self._changes.WatchChanges(request, metadata=self._credential())
 
     async def access(self, user_id: str, org_id: str) -> Access | None:
         """What a user may do in an organization; None when it is not the user's."""
@@ -29,7 +43,7 @@ class Users:
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
                 return None
-            raise
+            raise Unavailable("the user service does not answer") from error
         return Access(found.user_id, found.org_id, frozenset(found.permissions), found.email)
 
     async def entitlements(self, org_id: str) -> entitlement_service_pb2.Entitlements:
@@ -41,3 +55,16 @@ class Users:
             if error.code() == grpc.StatusCode.NOT_FOUND:
                 raise NotFound("organization") from None
             raise Unavailable("the user service does not answer") from error
+
+
+def access_changed(change: Change) -> list[str]:
+    """Whose access a change concerns."""
+    concerned = (
+        ChangeKind.CHANGE_KIND_USER_ACCESS, ChangeKind.CHANGE_KIND_USER_DELETED, ChangeKind.CHANGE_KIND_MEMBERSHIP,
+    )  # fmt: skip
+    return [change.subject] if change.kind in concerned else [change.org_id]
+
+
+def entitlements_changed(change: Change) -> list[str]:
+    """Whose entitlements a change concerns."""
+    return [change.org_id]

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from services.kit.db import ALL
-from services.kit.errors import NotFound, Unauthenticated, Unavailable
+from services.kit.errors import NotFound, Unauthenticated
 from services.kit.ids import NO_ORG, to_uuid
 from services.kit.settings import KitSettings, decode_key
 
@@ -199,23 +199,3 @@ class TokenSigner:
 def public_key(seed: bytes) -> bytes:
     """The public half of an Ed25519 seed, 32 bytes."""
     return Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-
-
-def cached_access(resolve: AccessResolver, ttl_s: float = 1.0) -> AccessResolver:
-    """The same answers for at most a second: what was taken away counts within a second."""
-    known: dict[tuple[str, str], tuple[float, Access | None]] = {}
-
-    async def resolver(user_id: str, org_id: str) -> Access | None:
-        hit = known.get((user_id, org_id))
-        if hit is not None and hit[0] > time.monotonic():
-            return hit[1]
-        try:
-            access = await resolve(user_id, org_id)
-        except Exception as error:
-            raise Unavailable("the user service does not answer") from error
-        if len(known) >= _CACHE_SIZE:
-            known.clear()
-        known[(user_id, org_id)] = (time.monotonic() + ttl_s, access)
-        return access
-
-    return resolver

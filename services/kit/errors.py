@@ -117,6 +117,12 @@ class InvalidState(Error):
     reason = ErrorReason.ERROR_REASON_INVALID_STATE
 
 
+class OutOfRange(Error):
+    """What was asked for is no longer kept."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+
+
 class Exhausted(Error):
     """A limit is reached."""
 

@@ -25,8 +25,9 @@ _MAX_BACKOFF_S = 30.0
 class Loop:
     """Calls ``tick`` again and again: at once while it returns True (there is more), else after ``interval_s`` or ``wake()``."""
 
-    def __init__(self, name: str, tick: Callable[[], Awaitable[bool]], interval_s: float) -> None:
-        self.name, self.tick, self.interval_s = name, tick, interval_s
+    def __init__(self, name: str, tick: Callable[[], Awaitable[bool]], interval_s: float, *, endless: bool = False) -> None:
+        """``endless``: a tick may wait for ever (it follows a stream) and is cancelled at the stop."""
+        self.name, self.tick, self.interval_s, self._endless = name, tick, interval_s, endless
         self._wake = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
@@ -44,6 +45,10 @@ class Loop:
         self._stopping = True
         self._wake.set()
         if self._task is None:
+            return
+        if self._endless:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
             return
         try:
             await asyncio.wait_for(self._task, 10)

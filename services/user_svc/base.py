@@ -5,6 +5,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from services.kit.audit import AuditRow
 from services.kit.columns import NAMING
+from services.kit.inbox import WebhookEventRow
 
 
 class Base(DeclarativeBase):
@@ -18,3 +19,9 @@ class AuditEvent(AuditRow, Base):
 
     __tablename__ = "audit_events"
     __table_args__ = {"postgresql_partition_by": "RANGE (created_at)"}
+
+
+class WebhookEvent(WebhookEventRow, Base):
+    """Events of identity providers."""
+
+    __tablename__ = "webhook_events"

@@ -27,6 +27,7 @@ class UserSettings(KitSettings):
 
     user_database_url: str = Field("", description="database of the user service; empty: a SQLite file in the data directory")
     tiers: dict[str, Tier] = Field(TIERS, description="the tiers, by name")
+    changes_kept_days: int = Field(30, ge=1, description="how long changes are kept for followers that were away")
     default_tier: str = Field("starter", description="tier of a new organization")
 
     @property

@@ -6,7 +6,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.deployment_svc.claw_keys.models import ClawKey
 from services.deployment_svc.deployments.models import Deployment
 from services.kit import keys
-from services.kit.auth import Caller, KeyResolver
+from services.kit.auth import AccessResolver, Caller, KeyResolver
 from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.secrets import SecretBox
@@ -43,8 +43,9 @@ async def keep_only(session: AsyncSession, deployment_id: str, running: str, oth
     return kept
 
 
-def resolver(db: Database, box: SecretBox) -> KeyResolver:
-    """Key text -> the bot as a caller. Organization, user and deployment are the key's, whatever the bot says."""
+def resolver(db: Database, box: SecretBox, access: AccessResolver) -> KeyResolver:
+    """Key text -> the bot as a caller. Organization, user and deployment are the key's, whatever the bot says; the key holds only as
+    long as its user does."""
 
     async def resolve(text: str) -> Caller | None:
         key = keys.parse(text, PREFIX, ID_PREFIX)
@@ -53,6 +54,8 @@ def resolver(db: Database, box: SecretBox) -> KeyResolver:
         async with db.read(ALL) as session:
             row = await session.scalar(select(ClawKey).where(ClawKey.id == key.id))
         if row is None or row.revoked_at is not None or not key.matches(box, row.digest):
+            return None
+        if await access(row.user_id, row.org_id) is None:
             return None
         return Caller("claw", row.id, PERMISSIONS, row.org_id, row.user_id, deployment_id=row.deployment_id, key_id=row.id)
 

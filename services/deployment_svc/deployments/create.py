@@ -1,5 +1,7 @@
 """CreateDeployment: one row for one wish, the tier's limit, one open payment page."""
 
+from collections.abc import Awaitable, Callable
+
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -10,20 +12,20 @@ from services.deployment_svc.deployments import repository, secrets, state
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.links import Links
 from services.deployment_svc.settings import DeploymentSettings
-from services.deployment_svc.users import Users
 from services.kit import ids
 from services.kit.call import Call
 from services.kit.errors import Conflict, Exhausted, InvalidArgument, InvalidState
 from services.kit.secrets import SecretBox
 
 _TRIES = 4
+EntitlementsOf = Callable[[str], Awaitable[Entitlements]]
 
 
 class Creator:
     """What CreateDeployment needs."""
 
-    def __init__(self, settings: DeploymentSettings, box: SecretBox, links: Links, users: Users) -> None:
-        self.settings, self.box, self.links, self.users = settings, box, links, users
+    def __init__(self, settings: DeploymentSettings, box: SecretBox, links: Links, entitlements: EntitlementsOf) -> None:
+        self.settings, self.box, self.links, self.entitlements = settings, box, links, entitlements
 
     async def create(self, request: CreateDeploymentRequest, call: Call) -> Deployment:
         """The deployment of this wish, with an open payment page."""
@@ -32,7 +34,7 @@ class Creator:
             raise InvalidState("a deployment is ordered by a user", reason=ErrorReason.ERROR_REASON_USER_REQUIRED)
         if request.model not in self.settings.models:
             raise InvalidArgument("model", f"must be one of {', '.join(self.settings.models)}")
-        entitlements = await self.users.entitlements(org_id)
+        entitlements = await self.entitlements(org_id)
         print_ = secrets.fingerprint(self.box, call.caller.user_id, request.model, request.channel, request.channel_token)
         for _ in range(_TRIES):
             deployment_id = await self._row(request, call, entitlements, print_)

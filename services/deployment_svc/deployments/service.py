@@ -7,11 +7,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from services.deployment_svc.deployments import repository, state
+from services.deployment_svc.deployments.close import close
 from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.payments.links import Links
-from services.deployment_svc.payments.models import Payment
-from services.deployment_svc.payments.rules import settle
 from services.kit.call import Call
 from services.kit.errors import Conflict, InvalidState, NotFound
 from services.kit.paging import page
@@ -97,7 +96,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             if row.state == state.PENDING and row.link_number != pending_page:
                 raise Conflict("a new payment page was opened meanwhile; try again", retry_after_s=0.2)
             call.audit(row.id, org_id=row.org_id)
-            await _close(session, row)
+            await close(session, row, "closed by the owner")
             return row
 
         d = await call.run(work)
@@ -114,15 +113,3 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             rows, token = await page(session, statement, DeploymentEvent.id, request, descending=False)
         events = [to_proto(row, deployment_pb2.DeploymentEvent) for row in rows]
         return deployment_service_pb2.ListDeploymentEventsResponse(events=events, next_page_token=token)
-
-
-async def _close(session: AsyncSession, d: Deployment) -> None:
-    """CANCELED when nothing was paid, CLOSING when something runs or may run, nothing when it is over."""
-    if d.state in (state.PENDING, state.EXPIRED):
-        repository.move(session, d, state.CANCELED, "given up by the owner")
-    elif d.state in state.LIVE:
-        repository.move(session, d, state.CLOSING, "closed by the owner")
-        payment = await session.get(Payment, d.payment_id) if d.payment_id else None
-        if payment is not None:
-            settle(d, payment)
-            payment.due_at = None

@@ -23,7 +23,7 @@ class EntitlementService(entitlement_service_pb2_grpc.EntitlementServiceServicer
             raise NotFound("organization")
         async with call.read() as session:
             organization = await session.get(Organization, org_id)
-        if organization is None:
+        if organization is None or organization.deleted_at is not None:
             raise NotFound("organization")
         tier = self.settings.tiers[organization.tier]
         return entitlement_service_pb2.Entitlements(org_id=org_id, tier=organization.tier, **tier.model_dump())

@@ -1,11 +1,13 @@
 """Tables of organizations and their members."""
 
+from datetime import datetime
+
 from sqlalchemy import Boolean, ForeignKey, Index, String, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from clawplane.user.v1.organization_pb2 import Role
 from clawplane.user.v1.user_pb2 import SubscriptionStatus
-from services.kit.columns import Identifier, ProtoEnum, Timestamps, Versioned, identifier
+from services.kit.columns import Identifier, ProtoEnum, Timestamps, UtcDateTime, Versioned, identifier
 from services.user_svc.base import Base
 
 ROLE, SUBSCRIPTION_STATUS = ProtoEnum(Role), ProtoEnum(SubscriptionStatus)
@@ -22,6 +24,7 @@ class Organization(Versioned, Base):
     is_personal: Mapped[bool] = mapped_column(Boolean, default=False)
     tier: Mapped[str] = mapped_column(String(32))
     subscription_status: Mapped[int] = mapped_column(SUBSCRIPTION_STATUS, default=0)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class Membership(Timestamps, Base):

@@ -2,7 +2,7 @@
 
 from clawplane.user.v1.organization_pb2 import Role
 
-_VIEWER = frozenset({"users.get", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read"})
+_VIEWER = frozenset({"users.get", "users.update", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read"})
 _DEVELOPER = _VIEWER | {"deployments.create", "deployments.update", "deployments.close", "usage.record"}
 
 PERMISSIONS: dict[int, frozenset[str]] = {

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, ForeignKey, Index, String, Text, UniqueConstraint, func
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, String, Text, UniqueConstraint, func, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from services.kit.columns import Identifier, Timestamps, UtcDateTime, Versioned, identifier
@@ -33,9 +33,18 @@ class User(Versioned, Base):
     preferences: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     settings: Mapped[dict[str, Any]] = mapped_column(JSON, default=dict)
     last_login_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    clerk_event_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Time of the newest event of Clerk that was applied; older ones change nothing."""
 
-    # E-mail addresses are stored in lower case; the index keeps them so whatever writes.
-    __table_args__ = (Index("ux_users__email", func.lower(email), unique=True), Index("ix_users__created_at", "created_at"))
+    # Unique among the living, without regard to case, whatever writes.
+    __table_args__ = (
+        Index(
+            "ux_users__email", func.lower(email), unique=True,
+            postgresql_where=text("deleted_at IS NULL"), sqlite_where=text("deleted_at IS NULL"),
+        ),
+        Index("ix_users__created_at", "created_at"),
+    )  # fmt: skip
 
     @property
     def email_verified(self) -> bool:
@@ -53,3 +62,13 @@ class Identity(Timestamps, Base):
     user_id: Mapped[str] = mapped_column(Identifier("usr"), ForeignKey("users.id", ondelete="CASCADE"), index=True)
     provider: Mapped[str] = mapped_column(String(32))
     subject: Mapped[str] = mapped_column(String(255))
+
+
+class IdentityTombstone(Timestamps, Base):
+    """An identity that its provider has deleted; nothing that comes late brings it back."""
+
+    __tablename__ = "identity_tombstones"
+
+    provider: Mapped[str] = mapped_column(String(32), primary_key=True)
+    subject: Mapped[str] = mapped_column(String(255), primary_key=True)
+    occurred_at: Mapped[datetime] = mapped_column(UtcDateTime)

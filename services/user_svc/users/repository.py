@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import select, text
+from sqlalchemy import Select, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.user_svc.organizations.models import Membership, Organization
@@ -12,9 +12,19 @@ UserRow = tuple[User, Organization]
 """A user and the personal organization, which holds tier and subscription status."""
 
 
-async def find(session: AsyncSession, **columns: Any) -> UserRow | None:
+def living() -> Select[User, Organization]:
+    """Users that are not deleted, each with the personal organization."""
+    return with_organization().where(User.deleted_at.is_(None))
+
+
+def with_organization() -> Select[User, Organization]:
+    """All users, each with the personal organization."""
+    return select(User, Organization).join(Organization, Organization.id == User.personal_org_id)
+
+
+async def find(session: AsyncSession, *, with_deleted: bool = False, **columns: Any) -> UserRow | None:
     """The user whose columns have exactly these values."""
-    statement = select(User, Organization).join(Organization, Organization.id == User.personal_org_id)
+    statement = with_organization() if with_deleted else living()
     statement = statement.where(*(getattr(User, name) == value for name, value in columns.items()))
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1]) if row else None
@@ -31,7 +41,7 @@ async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[
     statement = (
         select(User, Membership.org_id, Membership.role)
         .join(Membership, Membership.user_id == User.id)
-        .where(User.id == user_id, User.is_active, Membership.org_id == (org_id or User.personal_org_id))
+        .where(User.id == user_id, User.is_active, User.deleted_at.is_(None), Membership.org_id == (org_id or User.personal_org_id))
     )
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1], row[2]) if row else None
@@ -41,6 +51,13 @@ async def alone(session: AsyncSession, name: str) -> None:
     """Lets one transaction at a time look whether a name or address is free and take it. On SQLite every writer is alone anyway."""
     if session.get_bind().dialect.name == "postgresql":
         await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 3))"), {"name": name})
+
+
+async def lock(session: AsyncSession, user_id: str, *, with_deleted: bool = False) -> UserRow | None:
+    """The user, locked until the transaction ends."""
+    if await session.get(User, user_id, with_for_update=True, populate_existing=True) is None:
+        return None
+    return await find(session, with_deleted=with_deleted, id=user_id)
 
 
 async def taken_usernames(session: AsyncSession, base: str) -> set[str]:

@@ -1,6 +1,7 @@
 """UserService: creation and look-up of users."""
 
-from google.protobuf.json_format import MessageToJson
+from google.protobuf.json_format import MessageToDict, MessageToJson
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -9,11 +10,14 @@ from clawplane.user.v1.organization_pb2 import Role
 from services.kit import ids
 from services.kit.call import Call
 from services.kit.columns import now
-from services.kit.errors import AlreadyExists, Error, InvalidArgument, NotFound
-from services.kit.proto import assign, to_proto
+from services.kit.errors import AlreadyExists, Conflict, Error, InvalidArgument, NotFound
+from services.kit.inbox import take_in
+from services.kit.paging import page
+from services.kit.proto import assign, to_datetime, to_proto
+from services.user_svc.base import WebhookEvent
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.settings import UserSettings
-from services.user_svc.users import repository
+from services.user_svc.users import account, clerk, lifecycle, repository
 from services.user_svc.users.models import Identity, User
 from services.user_svc.users.rules import free_username, normal_email, username_from
 
@@ -28,9 +32,9 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         self.settings = settings
 
     async def CreateUser(self, request: user_service_pb2.CreateUserRequest, call: Call) -> user_pb2.User:
-        for name in ("preferences", "settings"):
-            if len(MessageToJson(getattr(request.user, name))) > _MAX_JSON:
-                raise InvalidArgument(f"user.{name}", "is more than 16 KiB as JSON")
+        _check_size(request.user)
+        if not request.user.email:
+            raise InvalidArgument("user.email", "value is required")
         identity = request.identity if request.HasField("identity") else None
 
         async def work(session: AsyncSession) -> repository.UserRow:
@@ -57,26 +61,148 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         return to_message(row)
 
     async def EnsureUser(self, request: user_service_pb2.EnsureUserRequest, call: Call) -> user_pb2.User:
-        identity = request.identity
+        wish = user_pb2.User(email=request.email, full_name=request.full_name)
 
         async def work(session: AsyncSession) -> repository.UserRow:
-            await repository.alone(session, normal_email(request.email))
-            known = await repository.by_identity(session, identity.provider, identity.subject)
-            if known:
-                return known
-            same_email = await repository.find(session, email=normal_email(request.email))
-            if same_email:
-                user, _ = same_email
-                # Linking on an address that either side has not proven would hand the account to a stranger.
-                if not (request.email_verified and user.email_verified):
-                    raise AlreadyExists("email")
-                _link(session, user, identity)
-                call.audit(user.id, after={"linked": identity.provider})
-                return same_email
-            wish = user_pb2.User(email=request.email, full_name=request.full_name)
-            return await self._create(session, call, wish, request.email_verified, identity)
+            return await self._ensure(session, call, wish, request.email_verified, request.identity)
 
         return to_message(await self._retry_username(call, work, False))
+
+    async def _ensure(
+        self, session: AsyncSession, call: Call, wish: user_pb2.User, verified: bool, identity: user_pb2.Identity
+    ) -> repository.UserRow:
+        await repository.alone(session, normal_email(wish.email))
+        known = await repository.by_identity(session, identity.provider, identity.subject)
+        if known:
+            return known
+        same_email = await repository.find(session, email=normal_email(wish.email))
+        if same_email is None:
+            return await self._create(session, call, wish, verified, identity)
+        user, _ = same_email
+        # Linking on an address that either side has not proven would hand the account to a stranger.
+        if not (verified and user.email_verified):
+            raise AlreadyExists("email")
+        _link(session, user, identity)
+        call.audit(user.id, after={"linked": identity.provider})
+        return same_email
+
+    async def ListUsers(self, request: user_service_pb2.ListUsersRequest, call: Call) -> user_service_pb2.ListUsersResponse:
+        statement = select(User)
+        if not request.show_deleted:
+            statement = statement.where(User.deleted_at.is_(None))
+        if request.prefix:
+            prefix = request.prefix.strip().lower()
+            statement = statement.where(
+                User.email.startswith(prefix, autoescape=True) | User.username.startswith(prefix, autoescape=True)
+            )
+        if request.tier:
+            of_tier = select(Organization.id).where(Organization.tier == request.tier)
+            statement = statement.where(User.personal_org_id.in_(of_tier))
+        async with call.read() as session:
+            users, token = await page(session, statement, User.id, request)
+            ids_ = [user.personal_org_id for user in users]
+            found = (await session.scalars(select(Organization).where(Organization.id.in_(ids_)))).all()
+        organizations = {organization.id: organization for organization in found}
+        messages = [to_message((user, organizations[user.personal_org_id])) for user in users]
+        return user_service_pb2.ListUsersResponse(users=messages, next_page_token=token)
+
+    async def UpdateUser(self, request: user_service_pb2.UpdateUserRequest, call: Call) -> user_pb2.User:
+        wish = request.user
+        if not call.caller.is_platform and wish.id != call.caller.user_id:
+            raise NotFound("user")
+        _check_size(wish)
+
+        async def work(session: AsyncSession) -> repository.UserRow:
+            row = await repository.lock(session, wish.id)
+            if row is None:
+                raise NotFound("user")
+            user, _ = row
+            if wish.etag and wish.etag != str(user.version):
+                raise Conflict("the user was changed by someone else; read it again and repeat")
+            written = assign(user, wish, request.update_mask)
+            if "username" in written and not user.username:
+                raise InvalidArgument("user.username", "cannot be taken away")
+            call.audit(user.id, org_id=user.personal_org_id, after={"fields": written})
+            await session.flush()
+            return row
+
+        return to_message(await call.run(work))
+
+    async def UpdateUserAccount(self, request: user_service_pb2.UpdateUserAccountRequest, call: Call) -> user_pb2.User:
+        if request.HasField("tier") and request.tier not in self.settings.tiers:
+            raise InvalidArgument("tier", f"must be one of {', '.join(self.settings.tiers)}")
+
+        async def work(session: AsyncSession) -> repository.UserRow:
+            row = await repository.lock(session, request.id)
+            if row is None:
+                raise NotFound("user")
+            call.audit(row[0].id, org_id=row[1].id, after={"fields": [field.name for field, _ in request.ListFields()]})
+            await account.update(session, row, request)
+            return row
+
+        return to_message(await call.run(work))
+
+    async def DeleteUser(self, request: user_service_pb2.DeleteUserRequest, call: Call) -> user_pb2.User:
+        async def work(session: AsyncSession) -> repository.UserRow:
+            row = await repository.lock(session, request.id, with_deleted=True)
+            if row is None:
+                raise NotFound("user")
+            call.audit(row[0].id, org_id=row[1].id)
+            await lifecycle.delete(session, row)
+            return row
+
+        return to_message(await call.run(work))
+
+    async def UndeleteUser(self, request: user_service_pb2.UndeleteUserRequest, call: Call) -> user_pb2.User:
+        async def work(session: AsyncSession) -> repository.UserRow:
+            row = await repository.lock(session, request.id, with_deleted=True)
+            if row is None:
+                raise NotFound("user")
+            call.audit(row[0].id, org_id=row[1].id)
+            await lifecycle.undelete(session, row)
+            return row
+
+        return to_message(await call.run(work))
+
+    async def SyncClerkUser(
+        self, request: user_service_pb2.SyncClerkUserRequest, call: Call
+    ) -> user_service_pb2.SyncClerkUserResponse:
+        response = user_service_pb2.SyncClerkUserResponse()
+
+        async def work(session: AsyncSession) -> None:
+            response.Clear()
+            taken = await take_in(
+                session, WebhookEvent, source="clerk", external_id=request.external_id, status="applied",
+                type="user.deleted" if request.deleted else "user.updated", occurred_at=to_datetime(request.occurred_at),
+                payload=MessageToDict(request),
+            )  # fmt: skip
+            if taken is None:
+                response.duplicate = True
+                return
+            response.user_id, response.outcome = await self._sync(session, call, request)
+            (await session.get_one(WebhookEvent, taken)).reason = response.outcome
+
+        await self._retry_username(call, work, False)
+        return response
+
+    async def _sync(self, session: AsyncSession, call: Call, request: user_service_pb2.SyncClerkUserRequest) -> tuple[str, str]:
+        if request.deleted:
+            user_id, outcome = await clerk.forget(session, request)
+            call.audit(user_id, after={"outcome": outcome})
+            return user_id, outcome
+        if await clerk.is_gone(session, request.clerk_user_id):
+            return "", "ignored: Clerk has deleted this user"
+        row = await repository.find(session, with_deleted=True, clerk_user_id=request.clerk_user_id)
+        if row is not None:
+            outcome = await clerk.update(session, row, request)
+            call.audit(row[0].id, org_id=row[1].id, after={"outcome": outcome})
+            return row[0].id, outcome
+        if not request.email:
+            return "", "ignored: no e-mail address, and no user of this identity"
+        wish, identity = clerk.wish_of(request)
+        user, _ = await self._ensure(session, call, wish, request.email_verified, identity)
+        user.clerk_event_at = to_datetime(request.occurred_at)
+        return user.id, "linked or made"
 
     async def _retry_username(self, call: Call, work: object, named: bool) -> repository.UserRow:
         """Repeats when another call took the made-up username, the identity or the address in the same moment."""
@@ -114,6 +240,12 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         await session.flush()
         call.audit(user.id, org_id=organization.id, after={"username": user.username})
         return user, organization
+
+
+def _check_size(user: user_pb2.User) -> None:
+    for name in ("preferences", "settings"):
+        if len(MessageToJson(getattr(user, name))) > _MAX_JSON:
+            raise InvalidArgument(f"user.{name}", "is more than 16 KiB as JSON")
 
 
 def _link(session: AsyncSession, user: User, identity: user_pb2.Identity) -> None:

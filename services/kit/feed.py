@@ -1,0 +1,113 @@
+"""Following the user service's changes, and what may be remembered while the feed is heard."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import grpc
+import structlog
+
+log = structlog.get_logger()
+V = TypeVar("V")
+
+_SILENCE_S = 1.0
+"""A feed not heard of for so long may have been cut off: nothing remembered counts until it is heard again."""
+_PAUSE_S = 0.2
+_CACHE_SIZE = 10_000
+
+
+class Follower:
+    """Follows the feed from now on, in one task. ``watch(after_seq)`` opens the stream; listeners hear each change."""
+
+    def __init__(self, watch: Callable[[int], AsyncIterable[Any]]) -> None:
+        self._watch = watch
+        self._listeners: list[Callable[[Any], None]] = []
+        self._resets: list[Callable[[], None]] = []
+        self._task: asyncio.Task[None] | None = None
+        self._heard = 0.0
+
+    def listen(self, on_change: Callable[[Any], None], on_reset: Callable[[], None]) -> None:
+        """``on_change`` for each change; ``on_reset`` when changes may have been missed and everything must be read anew."""
+        self._listeners.append(on_change)
+        self._resets.append(on_reset)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the feed was heard within the last second."""
+        return time.monotonic() - self._heard < _SILENCE_S
+
+    async def start(self) -> None:
+        """Starts following."""
+        self._task = asyncio.create_task(self._run(), name="feed")
+
+    async def stop(self) -> None:
+        """Stops following."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        seq = -1
+        while True:
+            try:
+                async for message in self._watch(seq):
+                    if seq < 0:
+                        self._reset()
+                    seq = message.seq
+                    if message.HasField("change"):
+                        for listener in self._listeners:
+                            listener(message.change)
+                    self._heard = time.monotonic()
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.OUT_OF_RANGE:
+                    seq = -1
+                log.warning("feed.interrupted", code=error.code().name)
+            except Exception as error:
+                log.error("feed.failed", exc_info=error)
+                seq = -1
+            await asyncio.sleep(_PAUSE_S)
+
+    def _reset(self) -> None:
+        for reset in self._resets:
+            reset()
+
+
+class Remembered(Generic[V]):
+    """Answers of a look-up, kept until a change concerns them, and only while the feed is heard."""
+
+    def __init__(self, follower: Follower, fetch: Callable[..., Awaitable[V]], concerns: Callable[[Any], list[str]]) -> None:
+        """``concerns(change)`` gives the tags of answers to drop; an answer's tags are its arguments that are not empty."""
+        self._follower, self._fetch = follower, fetch
+        self._known: dict[tuple[str, ...], V] = {}
+        self._tagged: dict[str, set[tuple[str, ...]]] = {}
+        self._generation = 0
+        follower.listen(lambda change: self._drop(concerns(change)), self._clear)
+
+    async def __call__(self, *key: str) -> V:
+        """The answer for these arguments."""
+        if not self._follower.is_heard:
+            return await self._fetch(*key)
+        if key in self._known:
+            return self._known[key]
+        generation = self._generation
+        value = await self._fetch(*key)
+        # What was read while a change came in may be the state before it.
+        if generation == self._generation and self._follower.is_heard:
+            if len(self._known) >= _CACHE_SIZE:
+                self._clear()
+            self._known[key] = value
+            for tag in key:
+                self._tagged.setdefault(tag, set()).add(key)
+        return value
+
+    def _drop(self, tags: list[str]) -> None:
+        self._generation += 1
+        for tag in tags:
+            for key in self._tagged.pop(tag, ()):
+                self._known.pop(key, None)
+
+    def _clear(self) -> None:
+        self._generation += 1
+        self._known.clear()
+        self._tagged.clear()
