@@ -18,7 +18,7 @@ from services.kit.errors import NotFound, Unavailable
 
 PERMISSIONS = ("access.resolve", "changes.watch", "entitlements.get")
 """What this service's own token may do there."""
-_TIMEOUT_S = 5.0
+_TIMEOUT_S = 3.0
 
 
 class Users:

@@ -12,6 +12,8 @@ _RETRY = {
     "methodConfig": [
         {
             "name": [{}],
+            # A service that is being restarted is waited for, as long as the call's deadline lets.
+            "waitForReady": True,
             "retryPolicy": {
                 "maxAttempts": 4,
                 "initialBackoff": "0.05s",
@@ -32,6 +34,8 @@ def channel(target: str, *, max_message_bytes: int = 4 * 1024 * 1024) -> grpc.ai
             ("grpc.service_config", json.dumps(_RETRY)),
             ("grpc.enable_retries", 1),
             ("grpc.lb_policy_name", "round_robin"),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.keepalive_time_ms", 60_000),
             ("grpc.http_proxy", ""),
