@@ -14,6 +14,7 @@ from services.deployment_svc.base import AuditEvent, SecretCanary
 from services.deployment_svc.blacklist.service import BlacklistService
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments.create import Creator
+from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
 from services.deployment_svc.deployments.service import DeploymentService
 from services.deployment_svc.deployments.steps import Steps
@@ -80,6 +81,7 @@ def create_app(settings: DeploymentSettings) -> App:
         loops=[
             provisioning,
             Loop("payment-checks", checker.tick, settings.poll_s),
+            Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
             partitions.keeper(db, PARTITIONED),
         ],

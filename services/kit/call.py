@@ -1,6 +1,7 @@
 """What a handler gets: who calls, and how to reach the database as the caller."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from services.kit.db import Database
 from services.kit.settings import KitSettings
 
 _NO_SIDE_EFFECTS = 1
+_RECHECK_S = 0.8
 
 
 @dataclass
@@ -113,6 +115,26 @@ class Call:
             yield session
             self._write_audit(session)
         self._audited = True
+
+    def permit(self) -> None:
+        """PermissionDenied when the caller lacks what the RPC asks for."""
+        if self.plan.audience == options_pb2.AUDIENCE_PLATFORM and not self.caller.is_platform:
+            raise errors.PermissionDenied(self.plan.permission)
+        if not self.caller.may(self.plan.permission):
+            raise errors.PermissionDenied(self.plan.permission)
+
+    async def ticks(self, every_s: float) -> AsyncIterator[None]:
+        """The beats of a stream. Once a second it is checked again that the caller may: what was taken away ends the stream."""
+        checked = time.monotonic()
+        while True:
+            yield
+            await asyncio.sleep(every_s)
+            if time.monotonic() - checked >= _RECHECK_S:
+                caller = await self.kit.authenticator.caller(self.context.invocation_metadata() or ())
+                if caller.tenant != self.caller.tenant:
+                    raise errors.Unauthenticated()
+                self.caller, checked = caller, time.monotonic()
+                self.permit()
 
     def read(self) -> Any:
         """A session for reading as the caller."""

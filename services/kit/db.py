@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import event
+from sqlalchemy import event, func, select
 from sqlalchemy import exc as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
@@ -171,6 +171,17 @@ class Database:
         elapsed_ms = (time.perf_counter() - context._clawplane_started) * 1000
         if elapsed_ms >= self.settings.slow_statement_ms:
             log.warning("database.slow_statement", database=self.name, statement=statement_name(statement), ms=round(elapsed_ms))
+
+
+async def alone(session: AsyncSession, what: str) -> None:
+    """Lets one transaction at a time past this point, for each ``what``, until it ends. On SQLite every writer is alone anyway."""
+    await session.run_sync(alone_sync, what)
+
+
+def alone_sync(session: Session, what: str) -> None:
+    """As ``alone``, for listeners of the ORM."""
+    if session.get_bind().dialect.name == "postgresql":
+        session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
 
 
 def statement_name(statement: str) -> str:

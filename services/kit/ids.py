@@ -53,6 +53,19 @@ def uuid7_time(value: uuid.UUID) -> datetime | None:
     return datetime.fromtimestamp((value.int >> 80) / 1000, UTC)
 
 
+def new_after(prefix: str, last: str) -> str:
+    """A new identifier that sorts after ``last`` ("" for none), also when the clock of whoever made that one runs ahead."""
+    made = new(prefix)
+    if made > last:
+        return made
+    return f"{prefix}_{int(last.partition('_')[2], 16) + 1:032x}"
+
+
+def lowest(prefix: str) -> str:
+    """Sorts before every identifier of a kind."""
+    return f"{prefix}_{0:032x}"
+
+
 def new(prefix: str) -> str:
     """A new identifier, for instance ``new("dep")`` -> "dep_0199..."."""
     return f"{prefix}_{uuid7().hex}"

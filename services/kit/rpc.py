@@ -82,8 +82,9 @@ async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: s
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
     public = plan.audience == options_pb2.AUDIENCE_PUBLIC
     caller = PUBLIC if public else await kit.authenticator.caller(context.invocation_metadata() or ())
+    call = Call(kit, plan, caller, request_id, context)
     if not public:
-        _permit(caller, plan)
+        call.permit()
         if not caller.is_platform and not kit.limiter.hit(kit.limit, caller.subject):
             window = kit.limiter.get_window_stats(kit.limit, caller.subject)
             raise errors.Exhausted("too many calls", retry_after_s=max(0.1, window.reset_time - time.time()))
@@ -92,14 +93,7 @@ async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: s
     violations = protovalidate.collect_violations(request)
     if violations:
         raise errors.InvalidFields([violation(item) for item in violations])
-    return Call(kit, plan, caller, request_id, context)
-
-
-def _permit(caller: Caller, plan: Plan) -> None:
-    if plan.audience == options_pb2.AUDIENCE_PLATFORM and not caller.is_platform:
-        raise errors.PermissionDenied(plan.permission)
-    if not caller.may(plan.permission):
-        raise errors.PermissionDenied(plan.permission)
+    return call
 
 
 def violation(found: Any) -> errors.Violation:

@@ -68,11 +68,12 @@ def test_unknown_and_immutable_paths_are_told() -> None:
         with pytest.raises(InvalidArgument) as failure:
             assign(user(), user_pb2.User(), FieldMask(paths=[path]))
         assert failure.value.violations[0][0] == "update_mask"
-    change = deployment_pb2.Deployment(model="new", channel=deployment_pb2.CHANNEL_WEB)
-    for mask in (FieldMask(paths=["model"]), FieldMask()):
-        row = SimpleNamespace(model="old", channel=deployment_pb2.CHANNEL_WEB)
-        with pytest.raises(InvalidArgument, match="model cannot be changed"):
+    web, telegram = deployment_pb2.CHANNEL_WEB, deployment_pb2.CHANNEL_TELEGRAM
+    change = deployment_pb2.Deployment(channel=web)
+    for mask in (FieldMask(paths=["channel"]), FieldMask()):
+        row = SimpleNamespace(channel=telegram)
+        with pytest.raises(InvalidArgument, match="channel cannot be changed"):
             assign(row, change, mask)
-        assert row.model == "old"
+        assert row.channel == telegram
     # The same value is no change.
-    assert assign(SimpleNamespace(model="new", channel=deployment_pb2.CHANNEL_WEB), change, FieldMask(paths=["model"])) == []
+    assert assign(SimpleNamespace(channel=web), change, FieldMask(paths=["channel"])) == []

@@ -10,7 +10,7 @@ from services.deployment_svc.base import Base
 from services.kit.columns import Identifier, Leased, ProtoEnum, Tenant, Timestamps, UtcDateTime, Versioned, identifier
 
 CHANNEL, STATE = ProtoEnum(Channel), ProtoEnum(State)
-_PENDING = text("state = 'pending'")
+_PENDING, _DEPLOYING = text("state = 'pending'"), text("state = 'deploying'")
 
 
 class Deployment(Versioned, Tenant, Leased, Base):
@@ -24,6 +24,7 @@ class Deployment(Versioned, Tenant, Leased, Base):
         Index("ix_deployments__org_id_state", "org_id", "state"),
         Index("ix_deployments__user_id_state", "user_id", "state"),
         Index("ix_deployments__due_at", "due_at"),
+        Index("ix_deployments__deploying", "org_id", postgresql_where=_DEPLOYING, sqlite_where=_DEPLOYING),
         STATE.check("state"),
         CHANNEL.check("channel"),
         CheckConstraint("price_minor >= 0", name="price_minor"),
@@ -32,6 +33,7 @@ class Deployment(Versioned, Tenant, Leased, Base):
     id: Mapped[str] = identifier("dep")
     user_id: Mapped[str] = mapped_column(Identifier("usr"))
     email: Mapped[str] = mapped_column(String(254))
+    display_name: Mapped[str] = mapped_column(String(100), default="", server_default="")
     model: Mapped[str] = mapped_column(String(100))
     channel: Mapped[int] = mapped_column(CHANNEL)
     channel_token_sealed: Mapped[str | None] = mapped_column(Text)
@@ -77,13 +79,19 @@ class Deployment(Versioned, Tenant, Leased, Base):
     undoing: Mapped[bool] = mapped_column(Boolean, default=False)
     """The attempt failed: its order has to be closed before the next one."""
     activated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    deleted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Hidden from its owner since; kept for the books."""
 
 
 class DeploymentEvent(Tenant, Timestamps, Base):
-    """One thing that happened to a deployment; never changed."""
+    """One thing that happened to a deployment; never changed. The order of an organization's ids is the order of their commits."""
 
     __tablename__ = "deployment_events"
-    __table_args__ = (Index("ix_deployment_events__deployment_id_id", "deployment_id", "id"), STATE.check("state"))
+    __table_args__ = (
+        Index("ix_deployment_events__deployment_id_id", "deployment_id", "id"),
+        Index("ix_deployment_events__org_id_id", "org_id", "id"),
+        STATE.check("state"),
+    )
 
     id: Mapped[str] = identifier("devt")
     deployment_id: Mapped[str] = mapped_column(Identifier("dep"), ForeignKey("deployments.id", ondelete="CASCADE"))

@@ -3,13 +3,14 @@
 from datetime import datetime
 
 import structlog
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
-from services.deployment_svc.deployments.state import COUNTED, PENDING, TRANSITIONS
+from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS
 from services.kit.columns import now
+from services.kit.db import alone
 from services.kit.errors import InvalidState
 
 log = structlog.get_logger()
@@ -21,9 +22,17 @@ async def locked(session: AsyncSession, deployment_id: str) -> Deployment | None
 
 
 async def lock_organization(session: AsyncSession, org_id: str) -> None:
-    """Lets one transaction at a time count and add an organization's deployments. On SQLite every writer is alone anyway."""
-    if session.get_bind().dialect.name == "postgresql":
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:key, 7))"), {"key": org_id})
+    """Lets one transaction at a time count and add an organization's deployments."""
+    await alone(session, f"deployments of {org_id}")
+
+
+async def deploying(session: AsyncSession, org_id: str) -> tuple[int, int]:
+    """How many orders are being brought up for an organization, and in all. Until the transaction ends, no other one counts."""
+    await alone(session, "deploying")
+    mine = func.count().filter(Deployment.org_id == org_id)
+    statement = select(mine, func.count()).where(Deployment.state == DEPLOYING, Deployment.order_intended.is_(True))
+    in_org, in_all = (await session.execute(statement)).one()
+    return in_org, in_all
 
 
 async def pending_wish(session: AsyncSession, fingerprint: bytes) -> Deployment | None:
@@ -45,6 +54,18 @@ def note(session: AsyncSession, d: Deployment, kind: str, message: str) -> None:
     """Writes down that something happened. The message is shown to the owner and must hold no secret."""
     log.info("deployment", deployment_id=d.id, org=d.org_id, kind=kind, state=state_name(d.state), message=message)
     session.add(DeploymentEvent(org_id=d.org_id, deployment_id=d.id, kind=kind, state=d.state, message=message[:2000]))
+
+
+def restart(session: AsyncSession, d: Deployment, why: str) -> None:
+    """Another wish for what runs, or is being brought up: the old start is undone, and the next one follows the row as it is then."""
+    d.generation += 1
+    d.undoing = d.undoing or d.order_intended
+    d.attempts, d.attempting_since, d.tried_providers = 0, None, []
+    if d.state == DEPLOYING:
+        d.due_at = now()
+        note(session, d, "restart", why)
+    else:
+        move(session, d, DEPLOYING, why)
 
 
 def move(session: AsyncSession, d: Deployment, to: int, message: str, *, due_at: datetime | None = None) -> None:

@@ -1,18 +1,18 @@
-"""DeploymentService: order, read, retry and close bots."""
+"""DeploymentService: order, read, watch, change and end bots."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc
-from services.deployment_svc.deployments import repository, state
+from services.deployment_svc.deployments import change, events, repository, secrets, state
 from services.deployment_svc.deployments.close import close
 from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.payments.links import Links
 from services.kit.call import Call
-from services.kit.errors import Conflict, InvalidState, NotFound
+from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound
 from services.kit.paging import page
 from services.kit.proto import to_proto
 
@@ -22,6 +22,14 @@ def to_message(d: Deployment) -> deployment_pb2.Deployment:
     message = to_proto(d, deployment_pb2.Deployment)
     message.status = state.status_of(d.state)
     return message
+
+
+def to_response(event: DeploymentEvent | None, d: Deployment) -> deployment_service_pb2.WatchDeploymentResponse:
+    """One answer of a watch."""
+    response = deployment_service_pb2.WatchDeploymentResponse(deployment=to_message(d))
+    if event is not None:
+        response.event.CopyFrom(to_proto(event, deployment_pb2.DeploymentEvent))
+    return response
 
 
 class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
@@ -38,14 +46,18 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
     async def GetDeployment(self, request: deployment_service_pb2.GetDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async with call.read() as session:
             d = await session.get(Deployment, request.id)
-        if d is None:
+        if d is None or (d.deleted_at is not None and not call.caller.is_platform):
             raise NotFound("deployment")
         return to_message(d)
 
     async def ListDeployments(
         self, request: deployment_service_pb2.ListDeploymentsRequest, call: Call
     ) -> deployment_service_pb2.ListDeploymentsResponse:
+        if request.show_deleted and not call.caller.is_platform:
+            raise InvalidArgument("show_deleted", "is for services and operators")
         statement = select(Deployment)
+        if not request.show_deleted:
+            statement = statement.where(Deployment.deleted_at.is_(None))
         if request.states:
             statement = statement.where(Deployment.state.in_(list(request.states)))
         async with call.read() as session:
@@ -56,31 +68,36 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         self, request: deployment_service_pb2.RetryDeploymentRequest, call: Call
     ) -> deployment_pb2.Deployment:
         async def work(session: AsyncSession) -> Deployment:
-            d = await repository.locked(session, request.id)
-            if d is None:
-                raise NotFound("deployment")
+            d = await change.own(session, call, request.id)
             if d.state != state.FAILED or d.payment_id is None:
-                what = "is not paid" if d.state == state.FAILED else f"is {repository.state_name(d.state)}"
-                raise InvalidState(
-                    f"only a paid deployment that FAILED can be retried; this one {what}", state=repository.state_name(d.state)
-                )
-            d.attempts, d.attempting_since, d.tried_providers = 0, None, []
-            d.generation += 1
-            d.error_message = ""
-            repository.move(session, d, state.DEPLOYING, "retried by the owner")
-            call.audit(d.id, org_id=d.org_id)
+                name = repository.state_name(d.state)
+                what = "is not paid" if d.state == state.FAILED else f"is {name}"
+                raise InvalidState(f"only a paid deployment that FAILED can be retried; this one {what}", state=name)
+            await change.set_state(session, d, state.DEPLOYING, "retried by the owner")
             return d
 
-        d: Deployment = await call.run(work)
-        self.wake()
-        return to_message(d)
+        return await self._changed(call, work)
 
     async def CloseDeployment(
         self, request: deployment_service_pb2.CloseDeploymentRequest, call: Call
     ) -> deployment_pb2.Deployment:
+        async def end(session: AsyncSession, d: Deployment) -> None:
+            await close(session, d, "closed by the owner")
+
+        return await self._end(request.id, call, end)
+
+    async def CancelDeployment(
+        self, request: deployment_service_pb2.CancelDeploymentRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        return await self._end(request.id, call, change.cancel)
+
+    async def _end(
+        self, deployment_id: str, call: Call, end: Callable[[AsyncSession, Deployment], Awaitable[None]]
+    ) -> deployment_pb2.Deployment:
+        """Closes the payment page first, outside any transaction."""
         async with call.read() as session:
-            d = await session.get(Deployment, request.id)
-        if d is None:
+            d = await session.get(Deployment, deployment_id)
+        if d is None or (d.deleted_at is not None and not call.caller.is_platform):
             raise NotFound("deployment")
         if d.state == state.PENDING:
             d = await self.links.close(d.id)
@@ -91,23 +108,93 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         pending_page = d.link_number
 
         async def work(session: AsyncSession) -> Deployment:
-            row = await repository.locked(session, request.id)
-            assert row is not None
+            row = await change.own(session, call, deployment_id)
             if row.state == state.PENDING and row.link_number != pending_page:
                 raise Conflict("a new payment page was opened meanwhile; try again", retry_after_s=0.2)
-            call.audit(row.id, org_id=row.org_id)
-            await close(session, row, "closed by the owner")
+            await end(session, row)
             return row
 
-        d = await call.run(work)
+        return await self._changed(call, work)
+
+    async def UpdateDeployment(
+        self, request: deployment_service_pb2.UpdateDeploymentRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        return await self._changed(call, lambda session: change.update(session, call, request, self.creator.settings))
+
+    async def DeleteDeployment(
+        self, request: deployment_service_pb2.DeleteDeploymentRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        async def work(session: AsyncSession) -> Deployment:
+            d = await change.own(session, call, request.id)
+            await change.delete(session, d)
+            return d
+
+        return await self._changed(call, work)
+
+    async def RotateClawKey(self, request: deployment_service_pb2.RotateClawKeyRequest, call: Call) -> deployment_pb2.Deployment:
+        async def work(session: AsyncSession) -> Deployment:
+            d = await change.own(session, call, request.id)
+            change.rotate(session, d)
+            return d
+
+        return await self._changed(call, work)
+
+    async def UpdateDeploymentStatus(
+        self, request: deployment_service_pb2.UpdateDeploymentStatusRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        async def work(session: AsyncSession) -> Deployment:
+            d = await change.own(session, call, request.id)
+            before = repository.state_name(d.state)
+            await change.set_state(session, d, request.state, request.message)
+            call.audit(d.id, org_id=d.org_id, before={"state": before}, after={"state": repository.state_name(d.state)})
+            return d
+
+        return await self._changed(call, work)
+
+    async def _changed(self, call: Call, work: Callable[[AsyncSession], Awaitable[Deployment]]) -> deployment_pb2.Deployment:
+        d: Deployment = await call.run(work)
         self.wake()
         return to_message(d)
+
+    async def LookupDeployment(
+        self, request: deployment_service_pb2.LookupDeploymentRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        async with call.read() as session:
+            d = await change.look_up(session, request)
+        if d is None:
+            raise NotFound("deployment")
+        return to_message(d)
+
+    async def FindPendingDuplicate(
+        self, request: deployment_service_pb2.FindPendingDuplicateRequest, call: Call
+    ) -> deployment_pb2.Deployment:
+        _ = call.org_id
+        print_ = secrets.fingerprint(self.creator.box, call.caller.user_id, request.model, request.channel, request.channel_token)
+        async with call.read() as session:
+            d = await repository.pending_wish(session, print_)
+        if d is None:
+            raise NotFound("deployment")
+        return to_message(d)
+
+    async def WatchDeployment(
+        self, request: deployment_service_pb2.WatchDeploymentRequest, call: Call
+    ) -> AsyncIterator[deployment_service_pb2.WatchDeploymentResponse]:
+        happening = events.watch(call, self.creator.settings.watch_poll_s, deployment_id=request.id, after=request.after_event_id)
+        async for event, d in happening:
+            yield to_response(event, d)
+
+    async def WatchDeployments(
+        self, request: deployment_service_pb2.WatchDeploymentsRequest, call: Call
+    ) -> AsyncIterator[deployment_service_pb2.WatchDeploymentResponse]:
+        async for event, d in events.watch(call, self.creator.settings.watch_poll_s, after=request.after_event_id):
+            yield to_response(event, d)
 
     async def ListDeploymentEvents(
         self, request: deployment_service_pb2.ListDeploymentEventsRequest, call: Call
     ) -> deployment_service_pb2.ListDeploymentEventsResponse:
         async with call.read() as session:
-            if await session.get(Deployment, request.deployment_id) is None:
+            d = await session.get(Deployment, request.deployment_id)
+            if d is None or (d.deleted_at is not None and not call.caller.is_platform):
                 raise NotFound("deployment")
             statement = select(DeploymentEvent).where(DeploymentEvent.deployment_id == request.deployment_id)
             rows, token = await page(session, statement, DeploymentEvent.id, request, descending=False)

@@ -24,6 +24,7 @@ from services.kit.secrets import SecretBox
 
 log = structlog.get_logger()
 T = TypeVar("T")
+_QUEUED = "waits for its turn: as many as allowed are being brought up"
 Next = tuple[Deployment, float]
 """The row as it is now, and how long to wait before its next step, in seconds."""
 
@@ -52,12 +53,18 @@ class Steps:
 
     async def _intend(self, d: Deployment, token: str) -> Next:
         async def write(session: AsyncSession, row: Deployment) -> None:
+            in_org, in_all = await repository.deploying(session, row.org_id)
+            if in_org >= self.settings.org_deploying or in_all >= self.settings.all_deploying:
+                row.error_message = _QUEUED
+                return
+            row.error_message = "" if row.error_message == _QUEUED else row.error_message
             row.order_intended = True
             row.attempts += 1
             row.attempting_since = row.attempting_since or now()
             repository.note(session, row, "attempt.started", f"attempt {row.attempts} on {self.driver.name}")
 
-        return await self._write(d, token, write), 0
+        d = await self._write(d, token, write)
+        return d, 0 if d.order_intended else self.settings.poll_s * random.uniform(0.5, 1)
 
     async def _create(self, d: Deployment, token: str) -> Next:
         # Creating is not idempotent: what an earlier, lost call made carries our name and is closed first.
@@ -134,7 +141,8 @@ class Steps:
         return await self._write(d, token, lambda session, row: self._activate(session, row, seen)), self.settings.watch_s
 
     async def _activate(self, session: AsyncSession, row: Deployment, seen: Observation) -> None:
-        if row.state != state.DEPLOYING:
+        # Wished anew meanwhile: what came up is the old wish.
+        if row.state != state.DEPLOYING or row.undoing:
             return
         row.observed_generation = row.generation
         row.provider_url, row.error_message = seen.url, ""
@@ -170,7 +178,7 @@ class Steps:
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             state.forget_order(row)
-            if row.state == state.FAILED:
+            if row.state in (state.FAILED, state.SUSPENDED):
                 await claw_keys.revoke(session, row.id)
 
         d = await self._write(d, token, write)

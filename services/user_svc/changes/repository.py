@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, func, select, text
+from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.kit.db import alone
 from services.user_svc.changes.models import Change
-
-_LOCK = 7_241_116_052
 
 
 async def record(session: AsyncSession, kind: int, org_id: str, subject: str) -> None:
@@ -17,8 +16,7 @@ async def record(session: AsyncSession, kind: int, org_id: str, subject: str) ->
     A number is drawn when a row is inserted, not when it is committed; without the lock a reader could see 8, remember it, and miss
     the 7 that commits later. On SQLite there is one writer anyway.
     """
-    if session.get_bind().dialect.name == "postgresql":
-        await session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    await alone(session, "changes")
     session.add(Change(kind=kind, org_id=org_id, subject=subject))
     await session.flush()
 

@@ -1,6 +1,5 @@
 """ChangeService: the feed of changes, read from the table so that any process serves all of them."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 
@@ -32,17 +31,18 @@ class ChangeService(change_service_pb2_grpc.ChangeServiceServicer):
             )  # fmt: skip
         yield change_service_pb2.WatchChangesResponse(seq=seq)
         beat = time.monotonic()
-        while True:
-            # A transaction a tick: an open one would hold back PostgreSQL's clean-up for as long as somebody watches.
-            async with call.read() as session:
-                rows = await repository.after(session, seq, _PAGE)
-            for row in rows:
-                seq = row.seq
-                yield change_service_pb2.WatchChangesResponse(seq=seq, change=to_proto(row, change_service_pb2.Change))
-            if rows:
-                beat = time.monotonic()
-            elif time.monotonic() - beat >= _BEAT_S:
+        async for _ in call.ticks(_POLL_S):
+            more = True
+            while more:
+                # A transaction a tick: an open one would hold back PostgreSQL's clean-up for as long as somebody watches.
+                async with call.read() as session:
+                    rows = await repository.after(session, seq, _PAGE)
+                for row in rows:
+                    seq = row.seq
+                    yield change_service_pb2.WatchChangesResponse(seq=seq, change=to_proto(row, change_service_pb2.Change))
+                more = len(rows) == _PAGE
+                if rows:
+                    beat = time.monotonic()
+            if time.monotonic() - beat >= _BEAT_S:
                 beat = time.monotonic()
                 yield change_service_pb2.WatchChangesResponse(seq=seq)
-            if len(rows) < _PAGE:
-                await asyncio.sleep(_POLL_S)

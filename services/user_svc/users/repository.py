@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import Select, select, text
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.kit.db import alone
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.users.models import Identity, User
 
@@ -47,12 +48,6 @@ async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[
     return (row[0], row[1], row[2]) if row else None
 
 
-async def alone(session: AsyncSession, name: str) -> None:
-    """Lets one transaction at a time look whether a name or address is free and take it. On SQLite every writer is alone anyway."""
-    if session.get_bind().dialect.name == "postgresql":
-        await session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 3))"), {"name": name})
-
-
 async def lock(session: AsyncSession, user_id: str, *, with_deleted: bool = False) -> UserRow | None:
     """The user, locked until the transaction ends."""
     if await session.get(User, user_id, with_for_update=True, populate_existing=True) is None:
@@ -62,6 +57,6 @@ async def lock(session: AsyncSession, user_id: str, *, with_deleted: bool = Fals
 
 async def taken_usernames(session: AsyncSession, base: str) -> set[str]:
     """The usernames that are ``base`` or start with ``base-``; until the transaction ends, nobody else looks for one of these."""
-    await alone(session, base)
+    await alone(session, f"username {base}")
     statement = select(User.username).where((User.username == base) | User.username.startswith(f"{base}-", autoescape=True))
     return set((await session.scalars(statement)).all())

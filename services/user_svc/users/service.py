@@ -10,6 +10,7 @@ from clawplane.user.v1.organization_pb2 import Role
 from services.kit import ids
 from services.kit.call import Call
 from services.kit.columns import now
+from services.kit.db import alone
 from services.kit.errors import AlreadyExists, Conflict, Error, InvalidArgument, NotFound
 from services.kit.inbox import take_in
 from services.kit.paging import page
@@ -71,7 +72,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
     async def _ensure(
         self, session: AsyncSession, call: Call, wish: user_pb2.User, verified: bool, identity: user_pb2.Identity
     ) -> repository.UserRow:
-        await repository.alone(session, normal_email(wish.email))
+        await alone(session, f"e-mail {normal_email(wish.email)}")
         known = await repository.by_identity(session, identity.provider, identity.subject)
         if known:
             return known
