@@ -114,3 +114,22 @@ async def test_when_all_bidders_are_blacklisted_it_says_so(stack: Stack, person:
     finally:
         for name in names:
             await stack.blacklist.RemoveBlacklistEntry(pb.RemoveBlacklistEntryRequest(provider_address=name), metadata=stack.operator)
+
+
+async def test_get_check_many_and_the_ended_ones(stack: Stack) -> None:
+    ended, lasting, free = provider(), provider(), provider()
+    until = Timestamp()
+    until.FromNanoseconds(int((time.time() + 0.6) * 1e9))
+    await stack.blacklist.AddBlacklistEntry(pb.AddBlacklistEntryRequest(provider_address=ended, expires_at=until), metadata=stack.operator)
+    await stack.blacklist.AddBlacklistEntry(pb.AddBlacklistEntryRequest(provider_address=lasting), metadata=stack.operator)
+    await asyncio.sleep(0.8)
+    request = pb.CheckProvidersRequest(provider_addresses=[ended, lasting, free, lasting])
+    found = await stack.blacklist.CheckProviders(request, metadata=stack.operator)
+    assert [entry.provider_address for entry in found.entries] == [lasting]
+    entry = await stack.blacklist.GetBlacklistEntry(pb.GetBlacklistEntryRequest(provider_address=ended), metadata=stack.operator)
+    assert entry.HasField("expires_at")
+    listed = await stack.blacklist.ListBlacklistEntries(pb.ListBlacklistEntriesRequest(page_size=250, show_expired=True), metadata=stack.operator)
+    assert {ended, lasting} <= {one.provider_address for one in listed.entries}
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await stack.blacklist.GetBlacklistEntry(pb.GetBlacklistEntryRequest(provider_address=free), metadata=stack.operator)
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND

@@ -192,3 +192,26 @@ async def test_summaries_have_bounds(stack: Stack, person: Person) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await stack.usage.SummarizeUsage(request, metadata=person.metadata)
         assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT and field in (refusal.value.details() or "")
+
+
+async def test_events_are_listed_in_pages_latest_first(stack: Stack, person: Person) -> None:
+    now = datetime.now(UTC)
+    for number in range(7):
+        # Two in the same moment, and one id in two months: still each once.
+        when = now - timedelta(minutes=number // 2)
+        await record(stack, person.metadata, event(id=f"list-{number}", occurred_at=when, model="claude-opus-4.5" if number else "other"))
+    stranger = await stack.person()
+    seen: list[str] = []
+    token = ""
+    while True:
+        answer = await stack.usage.ListUsage(rpc.ListUsageRequest(page_size=3, page_token=token), metadata=person.metadata)
+        seen += [one.id for one in answer.events]
+        token = answer.next_page_token
+        if not token:
+            break
+    assert sorted(seen) == [f"list-{n}" for n in range(7)] and seen[-1] == "list-6"
+    only = await stack.usage.ListUsage(rpc.ListUsageRequest(model="other"), metadata=person.metadata)
+    assert [one.id for one in only.events] == ["list-0"]
+    window = rpc.ListUsageRequest(start=now - timedelta(minutes=1, seconds=30), end=now - timedelta(seconds=30))
+    assert {one.id for one in (await stack.usage.ListUsage(window, metadata=person.metadata)).events} == {"list-2", "list-3"}
+    assert not (await stack.usage.ListUsage(rpc.ListUsageRequest(), metadata=stranger.metadata)).events

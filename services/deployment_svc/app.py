@@ -9,6 +9,7 @@ from clawplane.deployment.v1 import (
     payment_service_pb2_grpc,
     sandbox_service_pb2_grpc,
     usage_service_pb2_grpc,
+    webhook_service_pb2_grpc,
 )
 from services.deployment_svc.base import AuditEvent, SecretCanary
 from services.deployment_svc.blacklist.service import BlacklistService
@@ -31,6 +32,7 @@ from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
 from services.deployment_svc.users import PERMISSIONS, Users, access_changed, entitlements_changed
+from services.deployment_svc.webhooks.service import WebhookService
 from services.kit import clients, partitions, vault
 from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
@@ -71,6 +73,7 @@ def create_app(settings: DeploymentSettings) -> App:
                 DeploymentService(Creator(settings, box, links, entitlements), links, provisioning.wake),
             ),
             (payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, PaymentService(settings, provisioning.wake)),
+            (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(settings, provisioning.wake)),
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
             (
                 usage_service_pb2_grpc.add_UsageServiceServicer_to_server,

@@ -1,14 +1,16 @@
 """Webhook events that were taken in, each once."""
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import JSON, String, UniqueConstraint
+from sqlalchemy import JSON, Select, String, UniqueConstraint
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 
-from services.kit.columns import Timestamps, UtcDateTime, identifier
+from services.kit.columns import Timestamps, UtcDateTime, identifier, now
 from services.kit.db import insert_for
+from services.kit.errors import InvalidState, NotFound
 
 
 class WebhookEventRow(Timestamps):
@@ -31,8 +33,31 @@ class WebhookEventRow(Timestamps):
         return (UniqueConstraint("source", "external_id"),)
 
 
+R = TypeVar("R", bound=WebhookEventRow)
+
+
 async def take_in(session: AsyncSession, model: type[WebhookEventRow], **values: Any) -> str | None:
     """Inserts an event and returns its id, or None when it was taken in before."""
     insert = insert_for(session)
     statement = insert(model).values(**values).on_conflict_do_nothing(index_elements=["source", "external_id"]).returning(model.id)
     return (await session.execute(statement)).scalar_one_or_none()
+
+
+def filtered(statement: Select[R], model: type[R], request: Any) -> Select[R]:
+    """The events that a list asks for by source and status."""
+    for name in ("source", "status"):
+        if value := getattr(request, name):
+            statement = statement.where(getattr(model, name) == value)
+    return statement
+
+
+async def replay(session: AsyncSession, model: type[R], event_id: str, apply: Callable[[R], Awaitable[tuple[str, str]]]) -> R:
+    """Applies a stored event again. ``apply(row)`` gives what became of it: ("applied" or "ignored", what it did or why not)."""
+    row = await session.get(model, event_id, with_for_update=True)
+    if row is None:
+        raise NotFound("webhook event")
+    if row.payload is None:
+        raise InvalidState(f"an event of the kind {row.type} is handled by nobody: nothing of it was kept")
+    row.status, row.reason = await apply(row)
+    row.updated_at = now()
+    return row

@@ -2,7 +2,13 @@
 
 from datetime import timedelta
 
-from clawplane.user.v1 import access_service_pb2_grpc, change_service_pb2_grpc, entitlement_service_pb2_grpc, user_service_pb2_grpc
+from clawplane.user.v1 import (
+    access_service_pb2_grpc,
+    change_service_pb2_grpc,
+    entitlement_service_pb2_grpc,
+    user_service_pb2_grpc,
+    webhook_service_pb2_grpc,
+)
 from services.kit import partitions
 from services.kit.auth import Authenticator
 from services.kit.call import Kit
@@ -17,6 +23,7 @@ from services.user_svc.changes.service import ChangeService
 from services.user_svc.entitlements.service import EntitlementService
 from services.user_svc.settings import UserSettings
 from services.user_svc.users.service import UserService
+from services.user_svc.webhooks.service import WebhookService
 
 PARTITIONED = {"audit_events": "created_at"}
 
@@ -31,10 +38,12 @@ def create_app(settings: UserSettings) -> App:
             await changes.purge(session, now() - timedelta(days=settings.changes_kept_days))
         return False
 
+    users = UserService(settings)
     return App(
         kit=kit,
         services=[
-            (user_service_pb2_grpc.add_UserServiceServicer_to_server, UserService(settings)),
+            (user_service_pb2_grpc.add_UserServiceServicer_to_server, users),
+            (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(users)),
             (access_service_pb2_grpc.add_AccessServiceServicer_to_server, AccessService()),
             (change_service_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeService()),
             (entitlement_service_pb2_grpc.add_EntitlementServiceServicer_to_server, EntitlementService(settings)),

@@ -98,7 +98,7 @@ async def test_unknown_path_and_method(stack: Stack) -> None:
         answer = await stack.client.get(path)
         assert (answer.status_code, answer.json()["error"]["status"]) == (404, "NOT_FOUND"), path
     wrong = await stack.client.put("/v1/blacklist/x")
-    assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (405, "DELETE", 405)
+    assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (405, "DELETE, GET, HEAD", 405)
     assert (await stack.client.patch("/v1/deployments")).headers["allow"] == "GET, HEAD, POST"
     assert (await stack.client.delete("/healthz")).headers["allow"] == "GET, HEAD"
     head = await stack.client.head(f"/v1/deployments/{DEPLOYMENT_ID}")

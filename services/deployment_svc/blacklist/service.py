@@ -1,13 +1,15 @@
 """BlacklistService: providers that get no deployments."""
 
+from sqlalchemy import select
+
 from clawplane.deployment.v1 import blacklist_entry_pb2, blacklist_service_pb2, blacklist_service_pb2_grpc
 from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.repository import in_force
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import insert_for
-from services.kit.paging import page
 from services.kit.proto import to_datetime, to_proto
+from services.kit.standard import get, list_page
 
 
 class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
@@ -29,7 +31,7 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
             )
             row = await session.get_one(BlacklistEntry, request.provider_address)
             call.audit(row.provider_address, after={"reason": row.reason, "expires_at": str(row.expires_at or "never")})
-        return to_proto(row, blacklist_entry_pb2.BlacklistEntry)
+        return _to_message(row)
 
     async def RemoveBlacklistEntry(
         self, request: blacklist_service_pb2.RemoveBlacklistEntryRequest, call: Call
@@ -44,10 +46,22 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
     async def ListBlacklistEntries(
         self, request: blacklist_service_pb2.ListBlacklistEntriesRequest, call: Call
     ) -> blacklist_service_pb2.ListBlacklistEntriesResponse:
+        statement = select(BlacklistEntry) if request.show_expired else in_force()
+        answer = blacklist_service_pb2.ListBlacklistEntriesResponse
+        return await list_page(call, request, answer, statement, BlacklistEntry.provider_address, _to_message, descending=False)
+
+    async def GetBlacklistEntry(
+        self, request: blacklist_service_pb2.GetBlacklistEntryRequest, call: Call
+    ) -> blacklist_entry_pb2.BlacklistEntry:
+        return _to_message(await get(call, BlacklistEntry, request.provider_address, "blacklist entry"))
+
+    async def CheckProviders(
+        self, request: blacklist_service_pb2.CheckProvidersRequest, call: Call
+    ) -> blacklist_service_pb2.CheckProvidersResponse:
+        named = in_force().where(BlacklistEntry.provider_address.in_(set(request.provider_addresses)))
         async with call.read() as session:
-            rows, token = await page(session, in_force(), BlacklistEntry.provider_address, request, descending=False)
-        entries = [to_proto(row, blacklist_entry_pb2.BlacklistEntry) for row in rows]
-        return blacklist_service_pb2.ListBlacklistEntriesResponse(entries=entries, next_page_token=token)
+            rows = (await session.scalars(named.order_by(BlacklistEntry.provider_address))).all()
+        return blacklist_service_pb2.CheckProvidersResponse(entries=[_to_message(row) for row in rows])
 
     async def CheckProvider(
         self, request: blacklist_service_pb2.CheckProviderRequest, call: Call
@@ -57,5 +71,9 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
         if row is None:
             return blacklist_service_pb2.CheckProviderResponse(blacklisted=False)
         return blacklist_service_pb2.CheckProviderResponse(
-            blacklisted=True, entry=to_proto(row, blacklist_entry_pb2.BlacklistEntry)
+            blacklisted=True, entry=_to_message(row)
         )
+
+
+def _to_message(row: BlacklistEntry) -> blacklist_entry_pb2.BlacklistEntry:
+    return to_proto(row, blacklist_entry_pb2.BlacklistEntry)

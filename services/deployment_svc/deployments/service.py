@@ -13,8 +13,8 @@ from services.deployment_svc.deployments.models import Deployment, DeploymentEve
 from services.deployment_svc.payments.links import Links
 from services.kit.call import Call
 from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound
-from services.kit.paging import page
 from services.kit.proto import to_proto
+from services.kit.standard import list_page
 
 
 def to_message(d: Deployment) -> deployment_pb2.Deployment:
@@ -24,11 +24,16 @@ def to_message(d: Deployment) -> deployment_pb2.Deployment:
     return message
 
 
+def to_event(event: DeploymentEvent) -> deployment_pb2.DeploymentEvent:
+    """An event as its owner sees it."""
+    return to_proto(event, deployment_pb2.DeploymentEvent)
+
+
 def to_response(event: DeploymentEvent | None, d: Deployment) -> deployment_service_pb2.WatchDeploymentResponse:
     """One answer of a watch."""
     response = deployment_service_pb2.WatchDeploymentResponse(deployment=to_message(d))
     if event is not None:
-        response.event.CopyFrom(to_proto(event, deployment_pb2.DeploymentEvent))
+        response.event.CopyFrom(to_event(event))
     return response
 
 
@@ -60,9 +65,8 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             statement = statement.where(Deployment.deleted_at.is_(None))
         if request.states:
             statement = statement.where(Deployment.state.in_(list(request.states)))
-        async with call.read() as session:
-            rows, token = await page(session, statement, Deployment.id, request)
-        return deployment_service_pb2.ListDeploymentsResponse(deployments=[to_message(d) for d in rows], next_page_token=token)
+        answer = deployment_service_pb2.ListDeploymentsResponse
+        return await list_page(call, request, answer, statement, Deployment.id, to_message)
 
     async def RetryDeployment(
         self, request: deployment_service_pb2.RetryDeploymentRequest, call: Call
@@ -196,7 +200,6 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             d = await session.get(Deployment, request.deployment_id)
             if d is None or (d.deleted_at is not None and not call.caller.is_platform):
                 raise NotFound("deployment")
-            statement = select(DeploymentEvent).where(DeploymentEvent.deployment_id == request.deployment_id)
-            rows, token = await page(session, statement, DeploymentEvent.id, request, descending=False)
-        events = [to_proto(row, deployment_pb2.DeploymentEvent) for row in rows]
-        return deployment_service_pb2.ListDeploymentEventsResponse(events=events, next_page_token=token)
+        statement = select(DeploymentEvent).where(DeploymentEvent.deployment_id == request.deployment_id)
+        answer = deployment_service_pb2.ListDeploymentEventsResponse
+        return await list_page(call, request, answer, statement, DeploymentEvent.id, to_event, descending=False)

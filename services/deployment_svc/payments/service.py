@@ -13,8 +13,8 @@ from services.deployment_svc.payments.models import Payment
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit.call import Call
 from services.kit.inbox import take_in
-from services.kit.paging import page
 from services.kit.proto import to_datetime, to_proto
+from services.kit.standard import list_page
 
 
 class PaymentService(payment_service_pb2_grpc.PaymentServiceServicer):
@@ -64,10 +64,8 @@ class PaymentService(payment_service_pb2_grpc.PaymentServiceServicer):
             statement = statement.where(Payment.refund_due)
         if request.payment_mismatch:
             statement = statement.where(Payment.payment_mismatch)
-        async with call.read() as session:
-            rows, token = await page(session, statement, Payment.id, request)
-        return payment_service_pb2.ListPaymentsResponse(
-            payments=[to_proto(row, payment_pb2.Payment) for row in rows], next_page_token=token
+        return await list_page(
+            call, request, payment_service_pb2.ListPaymentsResponse, statement, Payment.id, lambda row: to_proto(row, payment_pb2.Payment)
         )
 
     async def IgnoreWebhookEvent(

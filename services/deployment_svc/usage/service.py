@@ -7,13 +7,14 @@ from decimal import Decimal
 from typing import Any
 
 import protovalidate
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2, usage_service_pb2_grpc
 from clawplane.deployment.v1.usage_service_pb2 import UsageGroup
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage import repository
-from services.deployment_svc.usage.models import NO_DEPLOYMENT
+from services.deployment_svc.usage.models import NO_DEPLOYMENT, UsageEvent
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.rules import occurred, to_row
 from services.kit.call import Call
@@ -21,6 +22,7 @@ from services.kit.columns import now
 from services.kit.errors import Error, InvalidArgument, InvalidFields
 from services.kit.proto import to_datetime, to_proto
 from services.kit.rpc import violation
+from services.kit.standard import list_page
 
 _GROUPS = {
     UsageGroup.USAGE_GROUP_DAY: "day",
@@ -92,6 +94,22 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         except InvalidArgument as error:
             raise InvalidFields(error.violations) from None
         return row
+
+    async def ListUsage(self, request: usage_service_pb2.ListUsageRequest, call: Call) -> usage_service_pb2.ListUsageResponse:
+        _ = call.org_id
+        statement = select(UsageEvent)
+        if request.HasField("start"):
+            statement = statement.where(UsageEvent.occurred_at >= to_datetime(request.start))
+        if request.HasField("end"):
+            statement = statement.where(UsageEvent.occurred_at < to_datetime(request.end))
+        if request.deployment_id:
+            statement = statement.where(UsageEvent.deployment_id == request.deployment_id)
+        if request.model:
+            statement = statement.where(UsageEvent.model == request.model)
+        key = (UsageEvent.occurred_at, UsageEvent.id)
+        return await list_page(
+            call, request, usage_service_pb2.ListUsageResponse, statement, key, lambda row: to_proto(row, usage_event_pb2.UsageEvent)
+        )
 
     async def SummarizeUsage(
         self, request: usage_service_pb2.SummarizeUsageRequest, call: Call

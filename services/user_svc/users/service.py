@@ -180,13 +180,14 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             if taken is None:
                 response.duplicate = True
                 return
-            response.user_id, response.outcome = await self._sync(session, call, request)
+            response.user_id, response.outcome = await self.sync(session, call, request)
             (await session.get_one(WebhookEvent, taken)).reason = response.outcome
 
         await self._retry_username(call, work, False)
         return response
 
-    async def _sync(self, session: AsyncSession, call: Call, request: user_service_pb2.SyncClerkUserRequest) -> tuple[str, str]:
+    async def sync(self, session: AsyncSession, call: Call, request: user_service_pb2.SyncClerkUserRequest) -> tuple[str, str]:
+        """Applies what Clerk said: (user id or "", what happened)."""
         if request.deleted:
             user_id, outcome = await clerk.forget(session, request)
             call.audit(user_id, after={"outcome": outcome})

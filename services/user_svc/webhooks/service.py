@@ -1,0 +1,41 @@
+"""WebhookService: the events of identity providers, and applying them again."""
+
+from google.protobuf.json_format import ParseDict
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from clawplane.user.v1 import webhook_service_pb2 as rpc
+from clawplane.user.v1 import webhook_service_pb2_grpc
+from clawplane.user.v1.user_service_pb2 import SyncClerkUserRequest
+from services.kit.call import Call
+from services.kit.inbox import filtered, replay
+from services.kit.proto import to_proto
+from services.kit.standard import list_page
+from services.user_svc.base import WebhookEvent
+from services.user_svc.users.service import UserService
+
+
+class WebhookService(webhook_service_pb2_grpc.WebhookServiceServicer):
+    """See proto/clawplane/user/v1/webhook_service.proto."""
+
+    def __init__(self, users: UserService) -> None:
+        self.users = users
+
+    async def ListWebhookEvents(self, request: rpc.ListWebhookEventsRequest, call: Call) -> rpc.ListWebhookEventsResponse:
+        statement = filtered(select(WebhookEvent), WebhookEvent, request)
+        return await list_page(call, request, rpc.ListWebhookEventsResponse, statement, WebhookEvent.id, _to_message)
+
+    async def ReplayWebhookEvent(self, request: rpc.ReplayWebhookEventRequest, call: Call) -> rpc.WebhookEvent:
+        async def work(session: AsyncSession) -> WebhookEvent:
+            async def again(row: WebhookEvent) -> tuple[str, str]:
+                _, text = await self.users.sync(session, call, ParseDict(row.payload or {}, SyncClerkUserRequest()))
+                return "applied", text
+
+            call.audit(request.id)
+            return await replay(session, WebhookEvent, request.id, again)
+
+        return _to_message(await call.run(work))
+
+
+def _to_message(row: WebhookEvent) -> rpc.WebhookEvent:
+    return to_proto(row, rpc.WebhookEvent)
