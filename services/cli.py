@@ -64,8 +64,11 @@ def serve(
     part: Part,
     host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 means the part's usual one: 50051, 50052, 8080.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes that share the port; about one a core. SIGHUP replaces them.")] = 1,
 ) -> None:
     """Run one service alone, set up by CLAWPLANE_* in the environment. Migrates its database first."""
+    if workers > 1:
+        raise typer.Exit(_run(embedded.serve_many(part.value, host, port or _PORTS[part], workers)))
     _run(embedded.serve(part.value, host, port or _PORTS[part]))
 
 
@@ -120,11 +123,11 @@ def demo(data_dir: DataDir = None) -> None:
     raise typer.Exit(asyncio.run(run_demo(data_dir or Path(".clawplane"), out)))
 
 
-def _run(work: Any) -> None:
+def _run(work: Any) -> Any:
     settings = KitSettings()
     telemetry.configure_logs(settings.log_level, pretty=sys.stderr.isatty())
     try:
-        uvloop.run(work)
+        return uvloop.run(work)
     except (embedded.StartError, SecretError) as error:
         err.print(f"[red]{error}[/]")
         raise typer.Exit(1) from None

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +20,9 @@ from gateway.settings import GatewaySettings
 from services.deployment_svc.app import create_app as create_deployment
 from services.deployment_svc.providers.local import LocalDriver
 from services.deployment_svc.settings import DeploymentSettings
-from services.kit import clients, devkeys
+from services.kit import clients, devkeys, workers
 from services.kit.auth import TokenSigner
-from services.kit.db import Database
+from services.kit.db import Database, check_connections
 from services.kit.migrate import migrate
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
@@ -125,6 +126,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if workers.number() is not None:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         bound.bind((host, port))
     except OSError as error:
@@ -171,22 +174,37 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
             await local.shutdown()
 
 
+async def serve_many(part: str, host: str, port: int, count: int) -> int:
+    """Several processes of one service on one port; the exit status."""
+    kind: dict[str, type[KitSettings]] = {"user": UserSettings, "deployment": DeploymentSettings}
+    if part in kind:
+        settings = load_settings(kind[part])
+        await migrate_all(*((settings, None) if part == "user" else (None, settings)))
+        await check_connections(settings.database_url, settings, count)  # type: ignore[attr-defined]
+    command = [sys.executable, "-m", "services.cli", "serve", part, "--host", host, "--port", str(port)]
+    return await workers.Supervisor(command, count).run()
+
+
 async def serve(part: str, host: str, port: int) -> None:
     """One service alone, as in production."""
     stop, stack = stop_event(), Stack()
     base = KitSettings()
     if base.metrics_port:
-        prometheus_client.start_http_server(base.metrics_port, addr=host)
+        # Each worker counts for itself: their ports follow each other.
+        prometheus_client.start_http_server(base.metrics_port + (workers.number() or 0), addr=host)
     if part == "user":
         user = load_settings(UserSettings)
         await migrate_all(user, None)
+        await check_connections(user.database_url, user, 1)
         await stack.start_grpc([create_user(user)], host, port)
     elif part == "deployment":
         deployment = load_settings(DeploymentSettings, bind_host=host)
         await migrate_all(None, deployment)
+        await check_connections(deployment.database_url, deployment, 1)
         await stack.start_grpc([create_deployment(deployment)], host, port)
     else:
         await stack.start_gateway(load_settings(GatewaySettings, http_host=host, http_port=port))
+    workers.report_ready(stop.set)
     try:
         await stop.wait()
     finally:

@@ -35,9 +35,9 @@ OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.initial_reconnect_backoff_ms", 
 class Processes:
     """A user service and any number of deployment services on the same databases."""
 
-    def __init__(self, databases: Databases, folder: Path, deployments: int = 1, **env: str) -> None:
+    def __init__(self, databases: Databases, folder: Path, deployments: int = 1, workers: int = 1, **env: str) -> None:
         self.keys = devkeys.load_or_make(folder)
-        self.folder = folder
+        self.folder, self.workers = folder, workers
         self.ports = [free_port() for _ in range(1 + deployments)]
         urls = databases.make()
         clean = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")}
@@ -54,8 +54,9 @@ class Processes:
         """Starts one; number 0 is the user service."""
         part = "deployment" if number else "user"
         with (self.folder / f"{part}-{number}.log").open("ab") as log:
+            more = ["--workers", str(self.workers)] if number and self.workers > 1 else []
             return subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "serve", part, "--port", str(self.ports[number])],
+                [sys.executable, "-m", "services.cli", "serve", part, "--port", str(self.ports[number]), *more],
                 cwd=ROOT, env=self.env, stdout=log, stderr=log,
             )  # fmt: skip
 

@@ -35,6 +35,8 @@ class Kit:
     audit_model: Any
     """The service's own AuditEvent, a subclass of AuditRow."""
     in_flight: int = 0
+    taken_in: int = 0
+    """Unary calls so far."""
     draining: bool = False
     streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
 
@@ -46,6 +48,7 @@ class Kit:
     def enter(self) -> None:
         """A unary call begins."""
         self.in_flight += 1
+        self.taken_in += 1
         self._gauge.set(self.in_flight)
 
     def leave(self) -> None:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import event, func, select
+from sqlalchemy import event, func, select, text
 from sqlalchemy import exc as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
@@ -194,6 +194,28 @@ def statement_name(statement: str) -> str:
 def insert_for(session: AsyncSession) -> Callable[..., Any]:
     """The engine's own INSERT, which knows ON CONFLICT; both engines take the same calls."""
     return sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+
+
+async def check_connections(url: str, settings: KitSettings, workers: int) -> None:
+    """ValueError when that many processes could ask the server for more connections than it gives."""
+    db = Database(url, settings, "check")
+    if db.is_sqlite:
+        return
+    try:
+        await db.connect()
+        async with db.writing.connect() as connection:
+            names = "'max_connections', 'superuser_reserved_connections', 'reserved_connections'"
+            found = (await connection.execute(text(f"SELECT name, setting::int FROM pg_settings WHERE name IN ({names})"))).all()  # noqa: S608
+    finally:
+        await db.close()
+    rows: dict[str, int] = {name: setting for name, setting in found}  # noqa: C416 - rows are no pairs to a type checker
+    free = rows.pop("max_connections") - sum(rows.values())
+    wanted = workers * (settings.pool_size + settings.max_overflow)
+    if wanted > free:
+        raise ValueError(
+            f"{workers} workers may open {wanted} connections, the server gives {free}: "
+            "lower CLAWPLANE_POOL_SIZE or CLAWPLANE_MAX_OVERFLOW, or raise the server's max_connections"
+        )
 
 
 def _async_url(url: str) -> str:

@@ -1,6 +1,7 @@
 """One gRPC process: services, health, reflection, loops, and an orderly end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
+
+_QUIET_S = 0.3
 
 Register = Callable[[Any, Any], None]
 
@@ -97,6 +100,7 @@ class Server:
     async def drain(self) -> None:
         """No new calls; calls in flight finish, streams end with UNAVAILABLE, loops finish their step, pools close."""
         await self.health.enter_graceful_shutdown()
+        await self._take_in()
         for app in self.apps:
             app.kit.draining = True
             for stream in list(app.kit.streams):
@@ -109,8 +113,18 @@ class Server:
             await app.kit.db.close()
         log.info("server.stopped")
 
+    async def _take_in(self) -> None:
+        """Lets calls that have arrived reach their handlers: gRPC answers CANCELLED for those that have not when it stops."""
+        deadline, seen = time.monotonic() + _QUIET_S, -1
+        while time.monotonic() < deadline and seen != (seen := sum(app.kit.taken_in for app in self.apps)):
+            await asyncio.sleep(0.03)
+
     async def _idle(self) -> None:
         """Ends what is left once nobody waits for an answer of ours: a health watch would hold the port for the whole grace."""
-        while any(app.kit.in_flight or app.kit.streams for app in self.apps):
-            await asyncio.sleep(0.02)
-        await self.server.stop(0.2)
+        quiet_since = time.monotonic()
+        # Calls that gRPC has taken in but not handed over yet are seen by nobody: so one quiet moment is not enough.
+        while time.monotonic() - quiet_since < _QUIET_S:
+            if any(app.kit.in_flight or app.kit.streams for app in self.apps):
+                quiet_since = time.monotonic()
+            await asyncio.sleep(0.01)
+        await self.server.stop(_QUIET_S)

@@ -1,0 +1,184 @@
+"""Stops, restarts and crashes of processes under load: no call fails, no stream has a gap, nothing is left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import pytest_asyncio
+
+from clawplane.deployment.v1 import deployment_pb2
+from clawplane.deployment.v1 import deployment_service_pb2 as rpc
+from services.kit import clients
+from tests.conftest import Databases
+from tests.harness import Metadata, eventually
+from tests.processes import ROOT, Client, Processes, market_env
+from tests.simulators.market import MarketSimulator
+
+WORKERS, CALLERS = 2, 8
+
+
+class Load:
+    """Callers that read and write without a pause, as internal services do: with the kit's channel and its retries."""
+
+    def __init__(self, port: int, person: Metadata, deployment_id: str) -> None:
+        self.channels = [clients.channel(f"127.0.0.1:{port}") for _ in range(CALLERS)]
+        self.person, self.deployment_id = person, deployment_id
+        self.done, self.failures = 0, list[str]()
+        self._stop = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._call(n)) for n in range(CALLERS)]
+
+    async def _call(self, number: int) -> None:
+        path = "/clawplane.deployment.v1.DeploymentService/"
+        get: Any = self.channels[number].unary_unary(
+            f"{path}GetDeployment", rpc.GetDeploymentRequest.SerializeToString, deployment_pb2.Deployment.FromString
+        )
+        update: Any = self.channels[number].unary_unary(
+            f"{path}UpdateDeployment", rpc.UpdateDeploymentRequest.SerializeToString, deployment_pb2.Deployment.FromString
+        )
+        while not self._stop.is_set():
+            try:
+                await get(rpc.GetDeploymentRequest(id=self.deployment_id), metadata=self.person, timeout=10)
+                if number == 0:
+                    wish = deployment_pb2.Deployment(id=self.deployment_id, display_name=f"name {self.done}")
+                    await update(rpc.UpdateDeploymentRequest(deployment=wish), metadata=self.person, timeout=10)
+                self.done += 1
+            except grpc.aio.AioRpcError as error:
+                self.failures.append(f"{error.code().name}: {error.details()}")
+
+    async def stop(self) -> None:
+        """Lets the calls in hand finish."""
+        self._stop.set()
+        await asyncio.gather(*self._tasks)
+        for channel in self.channels:
+            await channel.close()
+
+
+@pytest_asyncio.fixture
+async def processes(databases: Databases, market: MarketSimulator, tmp_path: Path) -> AsyncIterator[Processes]:
+    """A user service, and a deployment service of two workers."""
+    started = Processes(databases, tmp_path, workers=WORKERS, **market_env(market.url), CLAWPLANE_POOL_SIZE="3", CLAWPLANE_MAX_OVERFLOW="2")
+    try:
+        await started.ready()
+        yield started
+    finally:
+        started.stop()
+
+
+def workers_of(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
+    """The living workers of a supervisor."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "services.cli" in child.cmdline()]
+
+
+async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
+    """Waits until all workers are others than the old ones."""
+
+    async def check() -> bool:
+        now = {worker.pid for worker in workers_of(process)}
+        return len(now) == WORKERS and not now & old
+
+    await eventually(check, 40)
+
+
+async def test_a_rolling_restart_fails_no_call(processes: Processes) -> None:
+    person = await processes.person()
+    async with Client(processes) as client:
+        d = await client.order(person)
+        old = {worker.pid for worker in workers_of(processes.running[1])}
+        load = Load(processes.ports[1], person, d.id)
+        await asyncio.sleep(1)
+        processes.running[1].send_signal(signal.SIGHUP)
+        await both_there(processes.running[1], old)
+        await asyncio.sleep(0.5)
+        await load.stop()
+    assert load.failures == [] and load.done > 100, (load.done, load.failures[:3])
+
+
+async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
+    person = await processes.person()
+    victim = workers_of(processes.running[1])[0]
+    victim.kill()
+
+    async def replaced() -> bool:
+        now = {worker.pid for worker in workers_of(processes.running[1])}
+        return len(now) == WORKERS and victim.pid not in now
+
+    await eventually(replaced, 30)
+    async with Client(processes) as client:
+        assert (await client.order(person)).state == deployment_pb2.STATE_PENDING
+
+
+async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
+    left = workers_of(processes.running[1])
+    processes.running[1].kill()
+    processes.running[1].wait()
+    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 10)
+    assert len(gone) == WORKERS and not alive
+    processes.running[1] = processes.start(1)
+    await processes.ready()
+
+
+async def test_a_stop_under_load_ends_watches_and_fails_no_call(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
+    """Two deployment services: one is told to stop while calls and watches are open; the other takes over."""
+    processes = Processes(databases, tmp_path, deployments=2, **market_env(market.url))
+    try:
+        await processes.ready()
+        person = await processes.person()
+        async with Client(processes, 1) as first, Client(processes, 2) as second:
+            d = await first.order(person)
+            watches = [first.deployments.WatchDeployment(rpc.WatchDeploymentRequest(id=d.id), metadata=person) for _ in range(20)]
+            for watch in watches:
+                await watch.read()
+            in_hand = [asyncio.ensure_future(_get(first, d.id)) for _ in range(50)]
+            await asyncio.sleep(0.01)
+            started = time.monotonic()
+            processes.running[1].send_signal(signal.SIGTERM)
+            status = await asyncio.to_thread(processes.running[1].wait, 20)
+            took = time.monotonic() - started
+            assert status == 0 and took < 2, took
+            results = await asyncio.gather(*in_hand, return_exceptions=True)
+            assert {getattr(result, "id", result) for result in results} == {d.id}
+            for watch in watches:
+                with pytest.raises(grpc.aio.AioRpcError) as ended:
+                    await watch.read()
+                assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+            print(f"stopped in {took:.2f} s with {len(watches)} watches and {len(in_hand)} calls open")
+            # What happens meanwhile is seen by whoever resumes at the other one.
+            await second.pay(d)
+            await second.until(d.id, deployment_pb2.STATE_ACTIVE)
+            request = rpc.ListDeploymentEventsRequest(deployment_id=d.id)
+            events = (await second.deployments.ListDeploymentEvents(request, metadata=person)).events
+            resume = rpc.WatchDeploymentRequest(id=d.id, after_event_id=events[1].id)
+            resumed = second.deployments.WatchDeployment(resume, metadata=person)
+            await resumed.read()
+            assert [(await resumed.read()).event.id for _ in events[2:]] == [event.id for event in events[2:]]
+        processes.running[1] = processes.start(1)
+        await processes.ready()
+    finally:
+        processes.stop()
+
+
+async def _get(client: Client, deployment_id: str) -> Any:
+    return await client.deployments.GetDeployment(rpc.GetDeploymentRequest(id=deployment_id), metadata=client.operator, timeout=10)
+
+
+async def test_too_many_workers_for_the_server_are_refused(databases: Databases, tmp_path: Path) -> None:
+    urls = databases.make()
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")} | {
+        "CLAWPLANE_USER_DATABASE_URL": urls["user_svc"], "CLAWPLANE_DATA_DIR": str(tmp_path), "CLAWPLANE_POOL_SIZE": "50",
+    }  # fmt: skip
+    if databases.engine == "sqlite":
+        # A file has no limit of connections: the same command serves.
+        return
+    command = [sys.executable, "-m", "services.cli", "serve", "user", "--port", "1", "--workers", "4"]
+    done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "4 workers may open 260 connections" in done.stderr.replace("\n", " ")
