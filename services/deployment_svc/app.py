@@ -1,6 +1,7 @@
 """The deployment service: what it serves and what runs beside."""
 
 import importlib
+from datetime import timedelta
 from typing import Any
 
 from clawplane.deployment.v1 import (
@@ -11,7 +12,8 @@ from clawplane.deployment.v1 import (
     usage_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
-from services.deployment_svc.base import AuditEvent, SecretCanary
+from services.deployment_svc.base import AuditEvent, IdempotencyKey, SecretCanary
+from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.service import BlacklistService
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments.create import Creator
@@ -33,7 +35,7 @@ from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
 from services.deployment_svc.users import PERMISSIONS, Users, access_changed, entitlements_changed
 from services.deployment_svc.webhooks.service import WebhookService
-from services.kit import clients, partitions, vault
+from services.kit import clients, partitions, purge, vault
 from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
 from services.kit.db import Database
@@ -42,6 +44,9 @@ from services.kit.loops import Loop
 from services.kit.server import App
 
 PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
+
+KEPT = {IdempotencyKey: timedelta(0), BlacklistEntry: timedelta(days=90)}
+"""How long rows stay after they have ended."""
 
 
 def create_app(settings: DeploymentSettings) -> App:
@@ -61,7 +66,7 @@ def create_app(settings: DeploymentSettings) -> App:
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
     kit = Kit(
         "deployment_svc", settings, db,
-        Authenticator(settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}), AuditEvent,
+        Authenticator(settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}), AuditEvent, IdempotencyKey, box,
     )  # fmt: skip
     organizations = OrganizationReconciler(db, users, links, provisioning.wake)
     add_sandbox = [(sandbox_service_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxService())]
@@ -87,6 +92,7 @@ def create_app(settings: DeploymentSettings) -> App:
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
             partitions.keeper(db, PARTITIONED),
+            purge.purger(db, KEPT),
         ],
         starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED), follower.start],
         closers=[follower.stop, reconciler.drain, driver.shutdown, to_users.close],

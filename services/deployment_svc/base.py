@@ -5,6 +5,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from services.kit.audit import AuditRow
 from services.kit.columns import NAMING
+from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.inbox import WebhookEventRow
 from services.kit.vault import CanaryRow
 
@@ -20,6 +21,12 @@ class AuditEvent(AuditRow, Base):
 
     __tablename__ = "audit_events"
     __table_args__ = {"postgresql_partition_by": "RANGE (created_at)"}
+
+
+class IdempotencyKey(IdempotencyKeyRow, Base):
+    """Answers of calls that may be made again."""
+
+    __tablename__ = "idempotency_keys"
 
 
 class WebhookEvent(WebhookEventRow, Base):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from google.protobuf.descriptor import Descriptor, MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
 from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
@@ -18,6 +19,7 @@ from clawplane.options.v1 import options_pb2
 from services.kit import errors, ids, telemetry
 from services.kit.auth import Authenticator, Caller
 from services.kit.db import Database
+from services.kit.secrets import SecretBox
 from services.kit.settings import KitSettings
 
 _NO_SIDE_EFFECTS = 1
@@ -34,6 +36,9 @@ class Kit:
     authenticator: Authenticator
     audit_model: Any
     """The service's own AuditEvent, a subclass of AuditRow."""
+    answers: Any = None
+    """The service's own IdempotencyKey; without one, request ids are refused at start."""
+    box: SecretBox | None = None
     in_flight: int = 0
     taken_in: int = 0
     """Unary calls so far."""
@@ -68,6 +73,11 @@ class Plan:
     is_read: bool
     audited: bool
     request: Descriptor
+    answer: Any
+    """The class of the answer."""
+    takes_request_id: bool
+    answer_is_secret: bool
+    """Whether a field of the answer is marked ``debug_redact``."""
 
     @classmethod
     def of(cls, descriptor: MethodDescriptor) -> "Plan":
@@ -81,19 +91,33 @@ class Plan:
         service = descriptor.containing_service
         return cls(
             f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited,
-            descriptor.input_type,
+            descriptor.input_type, GetMessageClass(descriptor.output_type),
+            not is_read and "request_id" in descriptor.input_type.fields_by_name, _has_secret(descriptor.output_type, set()),
         )  # fmt: skip
+
+
+def _has_secret(message: Descriptor, seen: set[str]) -> bool:
+    if message.full_name in seen:
+        return False
+    seen.add(message.full_name)
+    return any(
+        field.GetOptions().debug_redact or (field.message_type is not None and _has_secret(field.message_type, seen))
+        for field in message.fields
+    )
 
 
 class Call:
     """One call, as a handler sees it."""
 
-    __slots__ = ("_audited", "_notes", "caller", "context", "kit", "plan", "request_id")
+    __slots__ = ("_audited", "_notes", "caller", "claim", "claimed", "context", "kit", "plan", "request_id")
 
     def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
         self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
         self._notes: dict[str, Any] = {}
         self._audited = False
+        self.claim: Callable[[str], Any] | None = None
+        """Makes the row that claims the request id, from the resource's id."""
+        self.claimed = False
 
     @property
     def org_id(self) -> str:
@@ -116,8 +140,8 @@ class Call:
         """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
         async with self.kit.db.transaction(self.caller.tenant) as session:
             yield session
-            self._write_audit(session)
-        self._audited = True
+            self._write_along(session)
+        self._done()
 
     def permit(self) -> None:
         """PermissionDenied when the caller lacks what the RPC asks for."""
@@ -148,14 +172,21 @@ class Call:
 
         async def audited(session: AsyncSession) -> Any:
             result = await work(session)
-            self._write_audit(session)
+            self._write_along(session)
             return result
 
         result = await self.kit.db.run(audited, self.caller.tenant)
-        self._audited = True
+        self._done()
         return result
 
-    def _write_audit(self, session: AsyncSession) -> None:
+    def _done(self) -> None:
+        self._audited = True
+        self.claimed = self.claim is not None
+
+    def _write_along(self, session: AsyncSession) -> None:
+        """What the first transaction of a call carries beside its change: the audit row, and the claim of its request id."""
+        if self.claim is not None and not self.claimed:
+            session.add(self.claim(self._notes.get("resource_id", "")))
         if not self.plan.audited or self._audited:
             return
         notes = {key: value for key, value in self._notes.items() if value not in (None, "")}

@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, telemetry, texts
+from services.kit import errors, idempotency, telemetry, texts
 from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
 
@@ -56,6 +56,8 @@ class _Malformed:
 
 def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     """The handler with everything that each RPC needs around it."""
+    if plan.takes_request_id and (kit.answers is None or (plan.answer_is_secret and kit.box is None)):
+        raise ValueError(f"{plan.method} takes a request_id, but {kit.name} has no table of answers, or no box for secret ones")
     deserialize, kind = handler.request_deserializer, plan.request
     assert deserialize is not None
 
@@ -120,7 +122,8 @@ def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
         try:
             call = await _guard(kit, plan, request, context, request_id)
             caller = call.caller
-            response = await handler(request, call)
+            repeatable = idempotency.applies(plan, request)
+            response = await (idempotency.once(call, request, handler) if repeatable else handler(request, call))
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:

@@ -9,7 +9,7 @@ from clawplane.user.v1 import (
     user_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
-from services.kit import partitions
+from services.kit import partitions, purge
 from services.kit.auth import Authenticator
 from services.kit.call import Kit
 from services.kit.columns import now
@@ -17,7 +17,7 @@ from services.kit.db import ALL, Database
 from services.kit.loops import Loop
 from services.kit.server import App
 from services.user_svc.access.service import AccessService, resolver
-from services.user_svc.base import AuditEvent
+from services.user_svc.base import AuditEvent, IdempotencyKey
 from services.user_svc.changes import repository as changes
 from services.user_svc.changes.service import ChangeService
 from services.user_svc.entitlements.service import EntitlementService
@@ -27,11 +27,14 @@ from services.user_svc.webhooks.service import WebhookService
 
 PARTITIONED = {"audit_events": "created_at"}
 
+KEPT = {IdempotencyKey: timedelta(0)}
+"""How long rows stay after they have ended."""
+
 
 def create_app(settings: UserSettings) -> App:
     """The table of contents of the user service."""
     db = Database(settings.database_url, settings, "user_svc")
-    kit = Kit("user_svc", settings, db, Authenticator(settings, resolver(db)), AuditEvent)
+    kit = Kit("user_svc", settings, db, Authenticator(settings, resolver(db)), AuditEvent, IdempotencyKey)
 
     async def purge_changes() -> bool:
         async with db.transaction(ALL) as session:
@@ -48,6 +51,6 @@ def create_app(settings: UserSettings) -> App:
             (change_service_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeService()),
             (entitlement_service_pb2_grpc.add_EntitlementServiceServicer_to_server, EntitlementService(settings)),
         ],
-        loops=[Loop("purge-changes", purge_changes, 3600), partitions.keeper(db, PARTITIONED)],
+        loops=[Loop("purge-changes", purge_changes, 3600), partitions.keeper(db, PARTITIONED), purge.purger(db, KEPT)],
         starters=[lambda: partitions.ensure(db, PARTITIONED)],
     )

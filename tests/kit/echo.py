@@ -16,12 +16,13 @@ from sqlalchemy import MetaData, String, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from clawplane.options.v1 import options_pb2
-from services.kit import devkeys, ids
+from services.kit import devkeys, ids, vault
 from services.kit.audit import AuditRow
 from services.kit.auth import Access, Authenticator, TokenSigner
 from services.kit.call import Call, Kit
 from services.kit.columns import NAMING, Leased, Tenant, Versioned, identifier
 from services.kit.db import Database
+from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
 from services.kit.vault import CanaryRow
@@ -52,16 +53,22 @@ class AuditEvent(AuditRow, Base):
     __tablename__ = "audit_events"
 
 
+class IdempotencyKey(IdempotencyKeyRow, Base):
+    """Answers that may be asked for again."""
+
+    __tablename__ = "idempotency_keys"
+
+
 class Canary(CanaryRow, Base):
     """Tells a wrong key."""
 
     __tablename__ = "secret_canaries"
 
 
-def _rpc(name: str, audience: str, permission: str, options: str = "", *, streams: bool = False) -> str:
+def _rpc(name: str, audience: str, permission: str, options: str = "", *, streams: bool = False, answer: str = "Answer") -> str:
     rule = f'[clawplane.options.v1.rule] {{ audience: {audience} permission: "{permission}" }}' if audience else ""
     return (
-        f'method {{ name: "{name}" input_type: ".kit_echo.Request" output_type: ".kit_echo.Answer" '
+        f'method {{ name: "{name}" input_type: ".kit_echo.Request" output_type: ".kit_echo.{answer}" '
         f"server_streaming: {str(streams).lower()} options {{ {rule} {options} }} }}"
     )
 
@@ -77,10 +84,15 @@ message_type {{ name: "Request"
   field {{ name: "inner" number: 2 label: LABEL_OPTIONAL type: TYPE_MESSAGE type_name: ".kit_echo.Inner" }}
   field {{ name: "many" number: 3 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".kit_echo.Inner" }}
   field {{ name: "words" number: 20 label: LABEL_REPEATED type: TYPE_STRING }}
+  field {{ name: "request_id" number: 6 label: LABEL_OPTIONAL type: TYPE_STRING }}
   field {{ name: "page_size" number: 4 label: LABEL_OPTIONAL type: TYPE_INT32 }}
   field {{ name: "page_token" number: 5 label: LABEL_OPTIONAL type: TYPE_STRING }} }}
 message_type {{ name: "Answer" field {{ name: "text" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }} }}
+message_type {{ name: "SecretAnswer"
+  field {{ name: "text" number: 1 label: LABEL_OPTIONAL type: TYPE_STRING }}
+  field {{ name: "secret" number: 2 label: LABEL_OPTIONAL type: TYPE_STRING options {{ debug_redact: true }} }} }}
 service {{ name: "EchoService"
+  {_rpc("Mint", "AUDIENCE_ORGANIZATION", "echo.write", answer="SecretAnswer")}
   {_rpc("Write", "AUDIENCE_ORGANIZATION", "echo.write")}
   {_rpc("Read", "AUDIENCE_ORGANIZATION", "echo.read", _READS)}
   {_rpc("Manage", "AUDIENCE_PLATFORM", "echo.manage")}
@@ -93,6 +105,7 @@ descriptor_pool.Default().AddSerializedFile(text_format.Parse(_FILE, descriptor_
 DESCRIPTOR = descriptor_pool.Default().FindFileByName("kit_echo.proto")
 Request: Any = message_factory.GetMessageClass(DESCRIPTOR.message_types_by_name["Request"])
 Answer: Any = message_factory.GetMessageClass(DESCRIPTOR.message_types_by_name["Answer"])
+SecretAnswer: Any = message_factory.GetMessageClass(DESCRIPTOR.message_types_by_name["SecretAnswer"])
 SERVICE = "kit_echo.EchoService"
 
 Handler = Callable[[Any, Call], Any]
@@ -121,11 +134,11 @@ class EchoService:
 
 def add_to_server(service: EchoService, server: Any, name: str = SERVICE) -> None:
     """What protoc would make."""
-    codec = (Request.FromString, Answer.SerializeToString)
+    decode, encode = Request.FromString, lambda answer: answer.SerializeToString()
     handlers = {
-        method.name: grpc.unary_stream_rpc_method_handler(service.watch, *codec)
+        method.name: grpc.unary_stream_rpc_method_handler(service.watch, decode, encode)
         if method.server_streaming
-        else grpc.unary_unary_rpc_method_handler(service.unary(method.name), *codec)
+        else grpc.unary_unary_rpc_method_handler(service.unary(method.name), decode, encode)
         for method in DESCRIPTOR.services_by_name[name.split(".")[1]].methods
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
@@ -147,7 +160,7 @@ class Echo:
     def call(self, name: str, text: str = "", metadata: Metadata | None = None, **fields: Any) -> Any:
         """A call of an RPC as somebody of this organization."""
         make = self.channel.unary_stream if name == "Watch" else self.channel.unary_unary
-        rpc: Any = make(f"/{SERVICE}/{name}", Request.SerializeToString, Answer.FromString)
+        rpc: Any = make(f"/{SERVICE}/{name}", Request.SerializeToString, (SecretAnswer if name == "Mint" else Answer).FromString)
         return rpc(Request(text=text, **fields), metadata=self.person() if metadata is None else metadata, timeout=10)
 
     def raw(self, name: str, payload: bytes, metadata: Metadata | None = None) -> Any:
@@ -216,7 +229,7 @@ async def running(folder: Path, url: str, **settings: Any) -> AsyncIterator[Echo
         found = people.get(user_id)
         return found if found and org_id in ("", found.org_id) else None
 
-    kit = Kit("echo", made, db, Authenticator(made, access), AuditEvent)
+    kit = Kit("echo", made, db, Authenticator(made, access), AuditEvent, IdempotencyKey, vault.open_box(made))
     service = EchoService()
     server = Server([App(kit, [(add_to_server, service)])], "127.0.0.1", free_port())
     await server.start()

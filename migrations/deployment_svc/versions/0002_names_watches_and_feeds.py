@@ -11,6 +11,19 @@ DEPLOYING = sa.text("state = 'deploying'")
 
 def upgrade() -> None:
     op.create_table(
+        "idempotency_keys",
+        sa.Column("key", sa.LargeBinary(32), nullable=False),
+        sa.Column("request", sa.LargeBinary(32), nullable=False),
+        sa.Column("resource_id", sa.String(100), nullable=False),
+        sa.Column("answer", sa.LargeBinary(), nullable=True),
+        sa.Column("answer_sealed", sa.Text(), nullable=True),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_idempotency_keys")),
+    )
+    op.create_index(op.f("ix_idempotency_keys__expires_at"), "idempotency_keys", ["expires_at"])
+    op.create_table(
         "feed_cursors",
         sa.Column("name", sa.String(32), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
@@ -25,6 +38,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_index(op.f("ix_idempotency_keys__expires_at"), "idempotency_keys")
+    op.drop_table("idempotency_keys")
     op.drop_index("ix_deployment_events__org_id_id", "deployment_events")
     op.drop_index("ix_deployments__deploying", "deployments")
     op.drop_column("deployments", "deleted_at")

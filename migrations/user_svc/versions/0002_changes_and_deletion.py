@@ -12,6 +12,19 @@ _ALIVE = sa.text("deleted_at IS NULL")
 
 def upgrade() -> None:
     op.create_table(
+        "idempotency_keys",
+        sa.Column("key", sa.LargeBinary(32), nullable=False),
+        sa.Column("request", sa.LargeBinary(32), nullable=False),
+        sa.Column("resource_id", sa.String(100), nullable=False),
+        sa.Column("answer", sa.LargeBinary(), nullable=True),
+        sa.Column("answer_sealed", sa.Text(), nullable=True),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("updated_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("key", name=op.f("pk_idempotency_keys")),
+    )
+    op.create_index(op.f("ix_idempotency_keys__expires_at"), "idempotency_keys", ["expires_at"])
+    op.create_table(
         "changes",
         sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=True, nullable=False),
         sa.Column("kind", sa.String(32), nullable=False),
@@ -58,6 +71,8 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_index(op.f("ix_idempotency_keys__expires_at"), "idempotency_keys")
+    op.drop_table("idempotency_keys")
     op.drop_index("ux_users__email", table_name="users")
     op.create_index("ux_users__email", "users", [sa.text("lower(email)")], unique=True)
     op.drop_column("organizations", "deleted_at")
