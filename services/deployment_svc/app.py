@@ -33,7 +33,7 @@ from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
-from services.deployment_svc.users import PERMISSIONS, Users, access_changed, entitlements_changed
+from services.deployment_svc.users import PERMISSIONS, Users, access_changed, access_tags, entitlements_changed
 from services.deployment_svc.webhooks.service import WebhookService
 from services.kit import clients, partitions, purge, vault
 from services.kit.auth import Authenticator, TokenSigner
@@ -56,7 +56,7 @@ def create_app(settings: DeploymentSettings) -> App:
     to_users = clients.channel(settings.user_target)
     users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
     follower = Follower(users.watch)
-    access = Remembered(follower, users.access, access_changed)
+    access = Remembered(follower, users.access, access_changed, access_tags)
     entitlements = Remembered(follower, users.entitlements, entitlements_changed)
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)

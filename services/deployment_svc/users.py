@@ -65,6 +65,11 @@ def access_changed(change: Change) -> list[str]:
     return [change.subject] if change.kind in concerned else [change.org_id]
 
 
+def access_tags(access: Access | None) -> list[str]:
+    """Whom an answer is about, also where it was asked for in other words."""
+    return [access.user_id, access.org_id] if access is not None else []
+
+
 def entitlements_changed(change: Change) -> list[str]:
     """Whose entitlements a change concerns."""
     return [change.org_id]

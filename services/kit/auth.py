@@ -9,6 +9,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
+from services.kit.clerk import ClerkVerifier
 from services.kit.db import ALL
 from services.kit.errors import NotFound, Unauthenticated
 from services.kit.ids import NO_ORG, to_uuid
@@ -17,6 +18,8 @@ from services.kit.settings import KitSettings, decode_key
 AUDIENCE = "clawplane"
 MAX_LIFETIME_S = 15 * 60
 EVERYTHING = "*"
+CLERK = "clerk:"
+"""Stands before a user's id at Clerk where a user is looked up."""
 _LEEWAY_S = 10
 _CACHE_S = 60
 _CACHE_SIZE = 10_000
@@ -70,7 +73,7 @@ class Access:
 
 
 AccessResolver = Callable[[str, str], Awaitable[Access | None]]
-"""(user id, organization id or "") -> Access, or None when there is no such active user or membership."""
+"""(user id, or "clerk:" and the id at Clerk; organization id or "") -> Access, or None when there is no such active user or membership."""
 KeyResolver = Callable[[str], Awaitable[Caller | None]]
 """Key text -> Caller, or None when the key does not hold."""
 
@@ -90,6 +93,7 @@ class Authenticator:
             for issuer, key in self.settings.service_public_keys.items()
         }
         self._operator = self.settings.operator_token.get_secret_value().encode()
+        self._clerk = ClerkVerifier(self.settings) if self.settings.clerk_issuer else None
         self._checked: dict[str, tuple[float, dict[str, object]]] = {}
 
     async def caller(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
@@ -117,6 +121,8 @@ class Authenticator:
             return caller
         if self._operator and hmac.compare_digest(token.encode(), self._operator):
             return Caller("operator", "operator", frozenset({EVERYTHING}))
+        if self._clerk is not None and self._clerk.is_for(token):
+            return await self._from_clerk(token, wanted_org)
         claims = self._claims(token)
         granted = frozenset(str(item) for item in claims["permissions"])  # type: ignore[attr-defined]
         user_id = str(claims.get("user", ""))
@@ -130,15 +136,27 @@ class Authenticator:
         allowed = access.permissions if EVERYTHING in granted else access.permissions & granted
         return Caller("user", user_id, allowed, access.org_id, user_id, access.email)
 
+    async def _from_clerk(self, token: str, wanted_org: str) -> Caller:
+        assert self._clerk is not None
+        claims = self._known(token)
+        if claims is None:
+            claims = self._remember(token, await self._clerk.claims(token))
+        access = await self.resolve_access(f"{CLERK}{claims['sub']}", wanted_org)
+        if access is None:
+            raise NotFound("organization") if wanted_org else Unauthenticated()
+        return Caller("user", access.user_id, access.permissions, access.org_id, access.user_id, access.email)
+
     def _claims(self, token: str) -> dict[str, object]:
+        return self._known(token) or self._remember(token, self._verify(token))
+
+    def _known(self, token: str) -> dict[str, object] | None:
         cached = self._checked.get(token)
-        now = time.time()
-        if cached is not None and cached[0] > now:
-            return cached[1]
-        claims = self._verify(token)
+        return cached[1] if cached is not None and cached[0] > time.time() else None
+
+    def _remember(self, token: str, claims: dict[str, object]) -> dict[str, object]:
         if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
-        self._checked[token] = (min(float(claims["exp"]), now + _CACHE_S), claims)  # type: ignore[arg-type]
+        self._checked[token] = (min(float(claims["exp"]), time.time() + _CACHE_S), claims)  # type: ignore[arg-type]
         return claims
 
     def _verify(self, token: str) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -76,9 +76,13 @@ class Follower:
 class Remembered(Generic[V]):
     """Answers of a look-up, kept until a change concerns them, and only while the feed is heard."""
 
-    def __init__(self, follower: Follower, fetch: Callable[..., Awaitable[V]], concerns: Callable[[Any], list[str]]) -> None:
-        """``concerns(change)`` gives the tags of answers to drop; an answer's tags are its arguments that are not empty."""
-        self._follower, self._fetch = follower, fetch
+    def __init__(
+        self, follower: Follower, fetch: Callable[..., Awaitable[V]], concerns: Callable[[Any], list[str]],
+        tags: Callable[[V], Sequence[str]] = lambda value: (),
+    ) -> None:  # fmt: skip
+        """``concerns(change)`` gives the tags of answers to drop; an answer's tags are its arguments and what ``tags(answer)`` adds.
+        That there is no answer (None) is not remembered."""
+        self._follower, self._fetch, self._tags = follower, fetch, tags
         self._known: dict[tuple[str, ...], V] = {}
         self._tagged: dict[str, set[tuple[str, ...]]] = {}
         self._generation = 0
@@ -93,11 +97,11 @@ class Remembered(Generic[V]):
         generation = self._generation
         value = await self._fetch(*key)
         # What was read while a change came in may be the state before it.
-        if generation == self._generation and self._follower.is_heard:
+        if value is not None and generation == self._generation and self._follower.is_heard:
             if len(self._known) >= _CACHE_SIZE:
                 self._clear()
             self._known[key] = value
-            for tag in key:
+            for tag in {*key, *self._tags(value)}:
                 self._tagged.setdefault(tag, set()).add(key)
         return value
 

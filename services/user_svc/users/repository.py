@@ -5,6 +5,7 @@ from typing import Any
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.kit.auth import CLERK
 from services.kit.db import alone
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.users.models import Identity, User
@@ -39,10 +40,12 @@ async def by_identity(session: AsyncSession, provider: str, subject: str) -> Use
 
 async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[User, str, int] | None:
     """An active user, the organization ("" asks for the personal one) and the role there."""
+    clerk_id = user_id.removeprefix(CLERK) if user_id.startswith(CLERK) else ""
+    meant = User.clerk_user_id == clerk_id if clerk_id else User.id == user_id
     statement = (
         select(User, Membership.org_id, Membership.role)
         .join(Membership, Membership.user_id == User.id)
-        .where(User.id == user_id, User.is_active, User.deleted_at.is_(None), Membership.org_id == (org_id or User.personal_org_id))
+        .where(meant, User.is_active, User.deleted_at.is_(None), Membership.org_id == (org_id or User.personal_org_id))
     )
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1], row[2]) if row else None
