@@ -62,7 +62,7 @@ def test_requests_bound_what_they_take(method: MethodDescriptor) -> None:
         if field.name == "id" or field.name.endswith("_id"):
             assert rules.string.pattern or rules.string.max_len, field.full_name
         if field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
-            bounded = rules.string.max_len or rules.string.pattern or rules.string.email or getattr(rules.string, "in")
+            bounded = rules.string.max_len or rules.string.pattern or rules.string.email or rules.string.uuid or getattr(rules.string, "in")
             assert bounded, field.full_name
         if field.is_repeated and not (field.message_type and field.message_type.GetOptions().map_entry):
             assert rules.repeated.max_items or rules.repeated.unique, field.full_name
