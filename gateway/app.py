@@ -1,5 +1,6 @@
 """The gateway: its routes and its middleware."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import grpc
@@ -51,6 +52,8 @@ def create_app(
     ]
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={ApiError: _api_error, HTTPException: _http_error})
     app.router.redirect_slashes = False
+    # Set when the process stops: open streams end then.
+    app.state.stopping = asyncio.Event()
     return app
 
 

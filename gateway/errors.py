@@ -142,10 +142,10 @@ def _sent_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
     return None
 
 
-def render(error: ApiError) -> Response:
-    """The HTTP answer of an error."""
+def status_json(error: ApiError) -> dict[str, Any]:
+    """An error as JSON."""
     code = error.status.code
-    body = {
+    return {
         "error": {
             "code": error.http_status,
             "status": code_pb2.Code.Name(code) if code in code_pb2.Code.values() else "UNKNOWN",
@@ -153,7 +153,11 @@ def render(error: ApiError) -> Response:
             "details": [_detail(detail) for detail in error.status.details],
         }
     }
-    return Response(orjson.dumps(body), error.http_status, error.headers, "application/json")
+
+
+def render(error: ApiError) -> Response:
+    """The HTTP answer of an error."""
+    return Response(orjson.dumps(status_json(error)), error.http_status, error.headers, "application/json")
 
 
 def _detail(detail: any_pb2.Any) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def _binding(rpc: MethodDescriptor, rule: http_pb2.HttpRule) -> Binding:
     pattern = rule.WhichOneof("pattern")
     if pattern not in ("get", "post", "put", "patch", "delete"):
         raise ValueError(f"{rpc.full_name}: google.api.http needs get, post, put, patch or delete")
-    if rpc.client_streaming or rpc.server_streaming:
-        raise ValueError(f"{rpc.full_name}: the gateway serves no streams yet")
+    if rpc.client_streaming or (rpc.server_streaming and pattern != "get"):
+        raise ValueError(f"{rpc.full_name}: the gateway serves streams of answers to GET only")
     template: str = getattr(rule, pattern)
     if not template.startswith("/") or not _LITERAL.match(_VARIABLE.sub("", template)):
         raise ValueError(f"{rpc.full_name}: the gateway does not know paths like {template}")

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway import httprule, request
+from gateway import httprule, request, stream
 from gateway.errors import from_rpc, invalid, method_not_allowed
 from gateway.httprule import Binding
 
@@ -26,7 +26,7 @@ _PRINTABLE = re.compile(r"[\x20-\x7e]*\Z")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}\Z")
 _FORWARDED = ("authorization", "clawplane-org")
 
-Call = Callable[..., grpc.aio.UnaryUnaryCall[Any, Any]]
+Call = Callable[..., Any]
 
 
 class Segment(Convertor[str]):
@@ -57,7 +57,8 @@ class Endpoint:
         if binding.http_method in self._bindings:
             raise ValueError(f"{binding.rpc.full_name}: {binding.http_method} {self.template} is taken")
         rpc = binding.rpc
-        call = channel.unary_unary(
+        make: Any = channel.unary_stream if rpc.server_streaming else channel.unary_unary
+        call = make(
             f"/{rpc.containing_service.full_name}/{rpc.name}",
             request_serializer=message_factory.GetMessageClass(rpc.input_type).SerializeToString,
             response_deserializer=message_factory.GetMessageClass(rpc.output_type).FromString,
@@ -82,6 +83,9 @@ class Endpoint:
             message = await asyncio.to_thread(request.build, binding, parts)
         else:
             message = request.build(binding, parts)
+        if binding.rpc.server_streaming:
+            stream.resume(http, message)
+            return await stream.answer(call(message, metadata=forwarded_metadata(http)), http.app.state.stopping, to_json)
         try:
             reply = await call(message, metadata=forwarded_metadata(http), timeout=self._timeout_s)
         except grpc.aio.AioRpcError as error:

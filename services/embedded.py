@@ -81,6 +81,7 @@ class Stack:
         self.grpc: Server | None = None
         self._http: _Uvicorn | None = None
         self._http_task: asyncio.Task[None] | None = None
+        self._app: Any = None
         self._channels: list[Any] = []
 
     async def start_grpc(self, apps: Sequence[App], host: str, port: int) -> None:
@@ -95,7 +96,7 @@ class Stack:
         """Opens the HTTP port."""
         self._channels = [clients.channel(settings.user_target), clients.channel(settings.deployment_target)]
         channels = {"clawplane.user.v1": self._channels[0], "clawplane.deployment.v1": self._channels[1]}
-        app = create_gateway(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
+        app = self._app = create_gateway(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5,
             loop="none", ws="none",
@@ -112,6 +113,7 @@ class Stack:
     async def stop(self) -> None:
         """The door first, then what is behind it."""
         if self._http and self._http_task:
+            self._app.state.stopping.set()
             self._http.should_exit = True
             await self._http_task
         for channel in self._channels:

@@ -60,7 +60,7 @@ def test_requests_bound_what_they_take(method: MethodDescriptor) -> None:
     for field in method.input_type.fields:
         rules = rule_of(field)
         if field.name == "id" or field.name.endswith("_id"):
-            assert rules.string.pattern or rules.string.max_len, field.full_name
+            assert rules.string.pattern or rules.string.max_len or rules.string.uuid, field.full_name
         if field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated:
             bounded = rules.string.max_len or rules.string.pattern or rules.string.email or rules.string.uuid or getattr(rules.string, "in")
             assert bounded, field.full_name
