@@ -17,9 +17,9 @@ from gateway.middleware import BodyLimit, Observe, SecurityHeaders
 from gateway.sandbox import Sandbox
 from gateway.settings import GatewaySettings
 from gateway.transcode import build_routes
-from gateway.webhooks.receiver import StripeReceiver
+from gateway.webhooks.receiver import ClerkReceiver, StripeReceiver
 
-DEPLOYMENT = "clawplane.deployment.v1"
+USER, DEPLOYMENT = "clawplane.user.v1", "clawplane.deployment.v1"
 
 
 def create_app(
@@ -43,6 +43,9 @@ def create_app(
     if settings.stripe_webhook_secrets or settings.sandbox_enabled:
         stripe = StripeReceiver(settings, channels[DEPLOYMENT], service_metadata)
         routes.append(Route("/webhooks/stripe", stripe.receive, methods=["POST"]))
+    if settings.clerk_webhook_secrets:
+        clerk = ClerkReceiver(settings, channels[USER], service_metadata)
+        routes.append(Route("/webhooks/clerk", clerk.receive, methods=["POST"]))
     if settings.sandbox_enabled:
         routes.extend(Sandbox(settings, channels[DEPLOYMENT], service_metadata).routes())
     middleware = [

@@ -4,6 +4,7 @@ import ipaddress
 
 from pydantic import Field, SecretStr, model_validator
 
+from gateway.webhooks.clerk import key_of
 from services.kit.settings import KitSettings
 
 MIN_SECRET_CHARS = 16
@@ -20,6 +21,9 @@ class GatewaySettings(KitSettings):
 
     stripe_webhook_secrets: list[SecretStr] = Field(
         default_factory=list, description="signing secrets of Stripe; several while rolling"
+    )
+    clerk_webhook_secrets: list[SecretStr] = Field(
+        default_factory=list, description="signing secrets of Clerk's webhooks, whsec_...; several while rolling"
     )
     sandbox_enabled: bool = Field(False, description="checkout without money")
     sandbox_allow_remote: bool = Field(False, description="lets the sandbox listen on an address that is not a loopback one")
@@ -38,6 +42,13 @@ class GatewaySettings(KitSettings):
         # An empty secret would make signatures that anybody can compute.
         if any(len(secret) < MIN_SECRET_CHARS for secret in stripe):
             raise ValueError(f"CLAWPLANE_STRIPE_WEBHOOK_SECRETS: each needs {MIN_SECRET_CHARS} characters or more")
+        for secret in self.clerk_webhook_secrets:
+            try:
+                good = len(key_of(secret.get_secret_value())) >= MIN_SECRET_CHARS
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError("CLAWPLANE_CLERK_WEBHOOK_SECRETS: each is whsec_ and base64 of a key")
         if not self.sandbox_enabled:
             return self
         if len(sandbox) < MIN_SECRET_CHARS:

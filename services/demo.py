@@ -30,6 +30,7 @@ from clawplane.deployment.v1 import (
     usage_service_pb2_grpc,
 )
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from services import demo_edges as edges
 from services.kit import devkeys
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
@@ -124,6 +125,22 @@ class Demo:
         self.signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]
         self.operator = (("authorization", f"Bearer {self.keys['operator_token']}"),)
 
+    @staticmethod
+    def free_port() -> int:
+        """A port that nobody listens on."""
+        return _free_ports()[0]
+
+    @staticmethod
+    async def until(what: str, check: Callable[[], Awaitable[T | None]]) -> T:
+        """Waits for something."""
+        return await _until(what, check)
+
+    def check(self, good: bool, text: str) -> None:
+        """Says it when it is so; DemoError when it is not."""
+        if not good:
+            raise DemoError(f"not so: {text}")
+        self.say(text)
+
     def say(self, text: str) -> None:
         """One line for a step that is done."""
         self.out.print(f"[green]✓[/] {text}", soft_wrap=True)
@@ -143,6 +160,11 @@ class Demo:
             await self._chat(live)
             await self._summary(ann, live)
             second = await self._elsewhere(bob, live.provider)
+            await edges.replay(self, live.id)
+            dan = await self._person("Dan")
+            await edges.cancel(self, dan)
+            await edges.watch_through_a_restart(self, dan)
+            await edges.deleted_at_clerk(self)
             await self._close(ann, live)
             await self._close(bob, second)
 
@@ -150,17 +172,21 @@ class Demo:
         wish = user_pb2.User(email=f"{name.lower()}.{secrets.token_hex(4)}@example.com", full_name=name)
         user = await self.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=self.operator)
         self.say(f"user {user.username} with an organization of their own ({user.personal_org_id})")
-        return {"authorization": f"Bearer {self.signer.sign(['*'], user=user.id)}"}
+        return self.acting(user.id)
 
-    async def _order(self, person: dict[str, str], token: str) -> dict[str, Any]:
+    def acting(self, user_id: str) -> dict[str, str]:
+        """Headers that act for a user."""
+        return {"authorization": f"Bearer {self.signer.sign(['*'], user=user_id)}"}
+
+    async def order(self, person: dict[str, str], token: str) -> dict[str, Any]:
         body = {"model": "claude-opus-4.5", "channel": "CHANNEL_TELEGRAM", "channelToken": token}
-        return await self._json(self.http.post("/v1/deployments", json=body, headers=person))
+        return await self.json(self.http.post("/v1/deployments", json=body, headers=person))
 
     async def _order_and_pay(self, person: dict[str, str]) -> dict[str, Any]:
         token = f"123456789:{secrets.token_urlsafe(40)[:35]}"
-        first = await self._order(person, token)
+        first = await self.order(person, token)
         self.say(f"ordered {first['id']} for ${int(first['priceMinor']) / 100:.2f}: {first['paymentUrl']}")
-        again = await self._order(person, token)
+        again = await self.order(person, token)
         if (again["id"], again["paymentUrl"]) != (first["id"], first["paymentUrl"]):
             raise DemoError("a duplicate click made a second deployment or page")
         self.say("a duplicate click got the same deployment and the same payment page")
@@ -172,6 +198,12 @@ class Demo:
         if answer.status_code != 200:
             raise DemoError(f"paying answered {answer.status_code}: {answer.text}")
         self.say("paid on the sandbox page; the signed webhook went through the gateway")
+
+    async def pay_and_wait(self, person: dict[str, str], token: str) -> deployment_pb2.Deployment:
+        """A bot that is ordered, paid and ACTIVE."""
+        d = await self.order(person, token)
+        await self._pay(d)
+        return await self._live(person, d)
 
     async def _live(self, person: dict[str, str], d: dict[str, Any]) -> deployment_pb2.Deployment:
         seen: set[int] = set()
@@ -196,7 +228,7 @@ class Demo:
     async def _chat(self, live: deployment_pb2.Deployment) -> None:
         async with httpx.AsyncClient(trust_env=False, timeout=10) as bot:
             for text in ("Hello! Who are you?", "What can you do for me?"):
-                reply = await self._json(bot.post(f"{live.provider_url}/chat", json={"message": text}))
+                reply = await self.json(bot.post(f"{live.provider_url}/chat", json={"message": text}))
                 self.say(f"chat: {text} [dim]→ {reply['reply']}[/]")
 
     async def _summary(self, person: dict[str, str], live: deployment_pb2.Deployment) -> None:
@@ -218,9 +250,7 @@ class Demo:
         await self.blacklist.AddBlacklistEntry(add, metadata=self.operator)
         try:
             self.say(f"an operator blacklisted {provider}")
-            d = await self._order(person, f"987654321:{secrets.token_urlsafe(40)[:35]}")
-            await self._pay(d)
-            live = await self._live(person, d)
+            live = await self.pay_and_wait(person, f"987654321:{secrets.token_urlsafe(40)[:35]}")
             if live.provider == provider:
                 raise DemoError("the blacklisted provider was chosen again")
             self.say(f"the next bot went elsewhere: {live.provider}")
@@ -230,7 +260,7 @@ class Demo:
             await self.blacklist.RemoveBlacklistEntry(remove, metadata=self.operator)
 
     async def _close(self, person: dict[str, str], live: deployment_pb2.Deployment) -> None:
-        await self._json(self.http.post(f"/v1/deployments/{live.id}:close", json={}, headers=person))
+        await self.json(self.http.post(f"/v1/deployments/{live.id}:close", json={}, headers=person))
 
         async def check() -> bool | None:
             return (await self._get(person, live.id)).state == deployment_pb2.STATE_CLOSED or None
@@ -244,7 +274,7 @@ class Demo:
                 return
         raise DemoError("the bot still answers after it was closed")
 
-    async def _json(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
+    async def json(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
         answer = await request
         if answer.is_error:
             raise DemoError(f"{answer.request.method} {answer.request.url.path} answered {answer.status_code}: {answer.text}")

@@ -32,7 +32,7 @@ from services.user_svc.settings import UserSettings
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
-GATEWAY_PERMISSIONS = ("payments.apply", "sandbox.use")
+GATEWAY_PERMISSIONS = ("payments.apply", "sandbox.use", "users.sync", "webhooks.ignore")
 """What the gateway's own token may do: webhooks and the sandbox's page, nothing else."""
 _ISSUERS = {UserSettings: "user_svc", DeploymentSettings: "deployment_svc", GatewaySettings: "gateway"}
 

@@ -64,7 +64,7 @@ async def test_an_old_update_of_a_user_stays_old(stack: Stack) -> None:
 
     made = await sync("First", now)
     await sync("Second", now + timedelta(seconds=5))
-    listed = await desk.ListWebhookEvents(user_webhooks.ListWebhookEventsRequest(source="clerk"), metadata=stack.operator)
+    listed = await desk.ListWebhookEvents(user_webhooks.ListWebhookEventsRequest(source="clerk", status="applied", page_size=250), metadata=stack.operator)
     first = [one for one in listed.events if one.payload["clerkUserId"] == clerk_id][-1]
     again = await desk.ReplayWebhookEvent(user_webhooks.ReplayWebhookEventRequest(id=first.id), metadata=stack.operator)
     assert again.reason == "older than what was applied before"

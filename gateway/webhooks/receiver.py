@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 import structlog
@@ -11,10 +12,11 @@ from starlette.responses import Response
 
 from clawplane.deployment.v1 import payment_pb2, payment_service_pb2, payment_service_pb2_grpc
 from clawplane.errors.v1 import errors_pb2
+from clawplane.user.v1 import user_service_pb2, user_service_pb2_grpc, webhook_service_pb2, webhook_service_pb2_grpc
 from gateway import strictjson
 from gateway.errors import ApiError, code_of, from_rpc, invalid, make_status
 from gateway.settings import GatewaySettings
-from gateway.webhooks import stripe
+from gateway.webhooks import clerk, stripe
 
 RETRY_AFTER_S = 5
 log = structlog.get_logger("gateway.webhooks")
@@ -23,63 +25,119 @@ log = structlog.get_logger("gateway.webhooks")
 _CALLERS_FAULT = (code_pb2.INVALID_ARGUMENT, code_pb2.NOT_FOUND)
 _BROKEN = (code_pb2.INTERNAL, code_pb2.UNKNOWN, code_pb2.DATA_LOSS, code_pb2.UNIMPLEMENTED)
 
+Metadata = Sequence[tuple[str, str]]
 ServiceMetadata = Callable[[], Sequence[tuple[str, str]]]
 
 
-class StripeReceiver:
-    """The endpoint ``POST /webhooks/stripe``; also takes what the sandbox signs, while it is enabled."""
+class Receiver:
+    """The endpoint ``POST /webhooks/<source>``: what is the same for every sender."""
 
-    def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
-        self._tolerance_s = settings.webhook_tolerance_s
-        self._timeout_s = settings.webhook_timeout_s
-        self._stub = payment_service_pb2_grpc.PaymentServiceStub(channel)
+    source = ""
+    signature_header = ""
+
+    def __init__(self, settings: GatewaySettings, service_metadata: ServiceMetadata) -> None:
+        self._tolerance_s, self._timeout_s = settings.webhook_tolerance_s, settings.webhook_timeout_s
         self._service_metadata = service_metadata
-        keys = [("stripe", secret) for secret in settings.stripe_webhook_secrets]
-        if settings.sandbox_enabled:
-            keys.append(("sandbox", settings.sandbox_webhook_secret))
-        self._secrets = [stripe.Secret(provider, key.get_secret_value().encode()) for provider, key in keys]
 
     async def receive(self, http: Request) -> Response:
         """200 once the owner has the event; ApiError otherwise."""
         payload = await http.body()
         try:
-            signature = http.headers.get("stripe-signature")
-            provider = stripe.verify(payload, signature, self._secrets, time.time(), self._tolerance_s)
-            meaning = stripe.translate(strictjson.load(payload), provider)
+            provider, meaning = self.read(http, payload)
         except stripe.BadSignature as error:
-            log.warning("webhook_refused", source="stripe", reason=str(error))
-            raise invalid([("stripe-signature", str(error))]) from None
+            log.warning("webhook_refused", source=self.source, reason=str(error))
+            raise invalid([(self.signature_header, str(error))]) from None
         except stripe.BadEvent as error:
-            log.warning("webhook_malformed", source="stripe", reason=str(error))
+            log.warning("webhook_malformed", source=self.source, reason=str(error))
             raise invalid([("event", str(error))]) from None
+        metadata = (*self._service_metadata(), ("x-request-id", http.scope["state"]["request_id"]))
         try:
-            await self._hand_over(meaning, provider, http.scope["state"]["request_id"])
+            if isinstance(meaning, stripe.Ignore):
+                await self.ignore(provider, meaning, metadata)
+                log.info("webhook_ignored", source=provider, event_id=meaning.external_id, type=meaning.type, reason=meaning.reason)
+            else:
+                said = await self.apply(meaning, metadata)
+                log.info("webhook_applied", source=provider, **said)
         except grpc.aio.AioRpcError as error:
-            raise refusal(error) from None
+            raise refusal(error, self.source) from None
         return Response(b'{"received":true}', media_type="application/json")
 
-    async def _hand_over(self, meaning: payment_pb2.PaymentEvent | stripe.Ignore, provider: str, request_id: str) -> None:
-        metadata = (*self._service_metadata(), ("x-request-id", request_id))
-        if isinstance(meaning, stripe.Ignore):
-            ignored = payment_service_pb2.IgnoreWebhookEventRequest(
-                source=provider, external_id=meaning.external_id, type=meaning.type, reason=meaning.reason[:500]
-            )
-            await self._stub.IgnoreWebhookEvent(ignored, metadata=metadata, timeout=self._timeout_s)
-            log.info("webhook_ignored", source=provider, event_id=meaning.external_id, type=meaning.type, reason=meaning.reason)
-            return
+    def read(self, http: Request, payload: bytes) -> tuple[str, Any]:
+        """(who signed it, what it means); BadSignature or BadEvent."""
+        raise NotImplementedError
+
+    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
+        """Has an event stored that nobody handles."""
+        raise NotImplementedError
+
+    async def apply(self, meaning: Any, metadata: Metadata) -> dict[str, Any]:
+        """Has an event applied; what to log of it."""
+        raise NotImplementedError
+
+
+class StripeReceiver(Receiver):
+    """Stripe's events; also takes what the sandbox signs, while it is enabled."""
+
+    source, signature_header = "stripe", "stripe-signature"
+
+    def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
+        super().__init__(settings, service_metadata)
+        self._stub = payment_service_pb2_grpc.PaymentServiceStub(channel)
+        keys = [("stripe", secret) for secret in settings.stripe_webhook_secrets]
+        if settings.sandbox_enabled:
+            keys.append(("sandbox", settings.sandbox_webhook_secret))
+        self._secrets = [stripe.Secret(provider, key.get_secret_value().encode()) for provider, key in keys]
+
+    def read(self, http: Request, payload: bytes) -> tuple[str, Any]:
+        signature = http.headers.get(self.signature_header)
+        provider = stripe.verify(payload, signature, self._secrets, time.time(), self._tolerance_s)
+        return provider, stripe.translate(strictjson.load(payload), provider)
+
+    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
+        request = payment_service_pb2.IgnoreWebhookEventRequest(
+            source=provider, external_id=event.external_id, type=event.type, reason=event.reason[:500]
+        )
+        await self._stub.IgnoreWebhookEvent(request, metadata=metadata, timeout=self._timeout_s)
+
+    async def apply(self, meaning: payment_pb2.PaymentEvent, metadata: Metadata) -> dict[str, Any]:
         request = payment_service_pb2.ApplyPaymentEventRequest(event=meaning)
         reply = await self._stub.ApplyPaymentEvent(request, metadata=metadata, timeout=self._timeout_s)
-        log.info(
-            "webhook_applied", source=provider, deployment_id=reply.deployment_id, duplicate=reply.duplicate, outcome=reply.outcome
+        return {"deployment_id": reply.deployment_id, "duplicate": reply.duplicate, "outcome": reply.outcome}
+
+
+class ClerkReceiver(Receiver):
+    """Clerk's events of users."""
+
+    source, signature_header = "clerk", "svix-signature"
+
+    def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
+        super().__init__(settings, service_metadata)
+        self._users = user_service_pb2_grpc.UserServiceStub(channel)
+        self._webhooks = webhook_service_pb2_grpc.WebhookServiceStub(channel)
+        self._keys = [clerk.key_of(secret.get_secret_value()) for secret in settings.clerk_webhook_secrets]
+
+    def read(self, http: Request, payload: bytes) -> tuple[str, Any]:
+        now = time.time()
+        message_id = clerk.verify(payload, http.headers, self._keys, now, self._tolerance_s)
+        return self.source, clerk.translate(strictjson.load(payload), message_id, int(now))
+
+    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
+        request = webhook_service_pb2.IgnoreWebhookEventRequest(
+            source=provider, external_id=event.external_id, type=event.type, reason=event.reason[:500]
         )
+        await self._webhooks.IgnoreWebhookEvent(request, metadata=metadata, timeout=self._timeout_s)
+
+    async def apply(self, meaning: user_service_pb2.SyncClerkUserRequest, metadata: Metadata) -> dict[str, Any]:
+        reply = await self._users.SyncClerkUser(meaning, metadata=metadata, timeout=self._timeout_s)
+        return {"user_id": reply.user_id, "duplicate": reply.duplicate, "outcome": reply.outcome}
 
 
-def refusal(error: grpc.aio.AioRpcError) -> ApiError:
+def refusal(error: grpc.aio.AioRpcError, source: str) -> ApiError:
     """The answer for a webhook whose RPC failed: never 2xx, so that the provider tries again; 503 whatever may pass by itself."""
     code = code_of(error)
     if code in _CALLERS_FAULT:
         return from_rpc(error)
-    log.error("webhook_failed", source="stripe", code=error.code().name)
+    log.error("webhook_failed", source=source, code=error.code().name)
     if code in _BROKEN:
         return ApiError(make_status(code_pb2.INTERNAL, "The event could not be applied.", errors_pb2.ERROR_REASON_INTERNAL))
     status = make_status(code_pb2.UNAVAILABLE, "The event could not be applied now.", errors_pb2.ERROR_REASON_UNAVAILABLE)

@@ -1,6 +1,7 @@
 """Keys of the embedded default: made at the first start, kept in the data directory, readable by the owner alone."""
 
 import base64
+import hmac
 import os
 import secrets
 from pathlib import Path
@@ -57,7 +58,13 @@ def settings_for(keys: dict[str, str], service: str) -> dict[str, object]:
         "encryption_key_id": keys["encryption_key_id"],
         "hmac_key": keys["hmac_key"],
         "sandbox_webhook_secret": keys["sandbox_webhook_secret"],
+        "clerk_webhook_secrets": [clerk_webhook_secret(keys)],
     }
+
+
+def clerk_webhook_secret(keys: dict[str, str]) -> str:
+    """What signs the webhooks that stand in for Clerk's."""
+    return f"whsec_{_text(hmac.new(keys['hmac_key'].encode(), b'clerk webhooks', 'sha256').digest())}"
 
 
 def _text(raw: bytes) -> str:

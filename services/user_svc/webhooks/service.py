@@ -8,7 +8,7 @@ from clawplane.user.v1 import webhook_service_pb2 as rpc
 from clawplane.user.v1 import webhook_service_pb2_grpc
 from clawplane.user.v1.user_service_pb2 import SyncClerkUserRequest
 from services.kit.call import Call
-from services.kit.inbox import filtered, replay
+from services.kit.inbox import filtered, replay, take_in
 from services.kit.proto import to_proto
 from services.kit.standard import list_page
 from services.user_svc.base import WebhookEvent
@@ -35,6 +35,14 @@ class WebhookService(webhook_service_pb2_grpc.WebhookServiceServicer):
             return await replay(session, WebhookEvent, request.id, again)
 
         return _to_message(await call.run(work))
+
+    async def IgnoreWebhookEvent(self, request: rpc.IgnoreWebhookEventRequest, call: Call) -> rpc.IgnoreWebhookEventResponse:
+        async with call.transaction() as session:
+            await take_in(
+                session, WebhookEvent, source=request.source, external_id=request.external_id, type=request.type,
+                status="ignored", reason=request.reason,
+            )  # fmt: skip
+        return rpc.IgnoreWebhookEventResponse()
 
 
 def _to_message(row: WebhookEvent) -> rpc.WebhookEvent:

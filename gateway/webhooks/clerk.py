@@ -1,0 +1,93 @@
+"""Clerk's webhooks, signed by Svix: the signature, and what an event means. Pure; knows no HTTP."""
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from clawplane.user.v1 import user_service_pb2
+from gateway.webhooks.stripe import BadEvent, BadSignature, Ignore
+
+MAX_HEADER_CHARS = 4096
+USER_EVENTS = ("user.created", "user.updated", "user.deleted")
+_TIME = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
+_ID = re.compile(r"[!-~]{1,255}\Z")
+_TYPE = re.compile(r"[A-Za-z0-9_.]{1,100}\Z")
+_USER_ID = re.compile(r"user_[A-Za-z0-9]{1,100}\Z")
+_MAX_MS = 253402300799_000
+
+
+def key_of(secret: str) -> bytes:
+    """The key in a signing secret ("whsec_" and base64); ValueError when it is none."""
+    return base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+
+
+def sign(payload: bytes, key: bytes, message_id: str, at_s: int) -> str:
+    """The header ``svix-signature`` for a payload; ``at_s`` is Unix time in seconds."""
+    return f"v1,{_digest(payload, key, message_id, str(at_s))}"
+
+
+def verify(payload: bytes, headers: Mapping[str, str], keys: Sequence[bytes], now_s: float, tolerance_s: int) -> str:
+    """The message's id when one of the keys signed it; BadSignature otherwise. Stale and future times are refused alike."""
+    message_id, at, given = (headers.get(f"svix-{name}", "") for name in ("id", "timestamp", "signature"))
+    if not (message_id and at and given):
+        raise BadSignature("the headers svix-id, svix-timestamp and svix-signature are needed")
+    if not (_ID.match(message_id) and _TIME.match(at) and len(given) <= MAX_HEADER_CHARS and given.isascii()):
+        raise BadSignature("a header of the signature is malformed")
+    signatures = [one.removeprefix("v1,").encode() for one in given.split() if one.startswith("v1,")]
+    # No early exit: the time taken must not tell which key or signature came close.
+    matches = [hmac.compare_digest(_digest(payload, key, message_id, at).encode(), one) for key in keys for one in signatures]
+    if not any(matches):
+        raise BadSignature("no signature matches")
+    if abs(now_s - int(at)) > tolerance_s:
+        raise BadSignature("the signature's time is too far from now")
+    return message_id
+
+
+def translate(event: Any, message_id: str, at_s: int) -> user_service_pb2.SyncClerkUserRequest | Ignore:
+    """What an event says of a user. ``at_s`` counts where the event does not say when it happened."""
+    if not isinstance(event, dict) or not isinstance(event.get("type"), str) or not _TYPE.match(event["type"]):
+        raise BadEvent("an event has a type")
+    if event["type"] not in USER_EVENTS:
+        return Ignore(message_id, event["type"], "events of this type are not handled")
+    data = event.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("id"), str) or not _USER_ID.match(data["id"]):
+        raise BadEvent("data.id is no id of a user")
+    meaning = user_service_pb2.SyncClerkUserRequest(
+        external_id=message_id, clerk_user_id=data["id"], deleted=event["type"] == "user.deleted"
+    )
+    meaning.occurred_at.FromMilliseconds(_milliseconds(event.get("timestamp"), data.get("updated_at"), at_s))
+    if meaning.deleted:
+        return meaning
+    meaning.email, meaning.email_verified = _primary_email(data)
+    meaning.username = _text(data.get("username"), 255)
+    meaning.full_name = " ".join(filter(None, (_text(data.get(name), 100) for name in ("first_name", "last_name"))))[:200]
+    meaning.avatar_url = _text(data.get("image_url"), 2048)
+    return meaning
+
+
+def _milliseconds(*candidates: Any) -> int:
+    *given, at_s = candidates
+    for value in given:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MAX_MS:
+            return value
+    return int(at_s) * 1000
+
+
+def _primary_email(data: dict[str, Any]) -> tuple[str, bool]:
+    addresses = data.get("email_addresses")
+    for one in addresses if isinstance(addresses, list) else []:
+        if isinstance(one, dict) and one.get("id") == data.get("primary_email_address_id") and isinstance(one.get("email_address"), str):
+            verification = one.get("verification")
+            return one["email_address"][:254], isinstance(verification, dict) and verification.get("status") == "verified"
+    return "", False
+
+
+def _text(value: Any, most: int) -> str:
+    return value[:most] if isinstance(value, str) else ""
+
+
+def _digest(payload: bytes, key: bytes, message_id: str, at: str) -> str:
+    return base64.b64encode(hmac.new(key, b"%s.%s.%s" % (message_id.encode(), at.encode(), payload), hashlib.sha256).digest()).decode()
