@@ -68,6 +68,8 @@ async def processes(databases: Databases, market: MarketSimulator, tmp_path: Pat
     started = Processes(databases, tmp_path, workers=WORKERS, **market_env(market.url), CLAWPLANE_POOL_SIZE="3", CLAWPLANE_MAX_OVERFLOW="2")
     try:
         await started.ready()
+        # The port answers as soon as the first of them serves.
+        await both_there(started.running[1], set())
         yield started
     finally:
         started.stop()

@@ -25,7 +25,7 @@ _OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
-_QUIET_S = 0.3
+_QUIET_S = 0.2
 
 Register = Callable[[Any, Any], None]
 
