@@ -1,0 +1,160 @@
+"""No tenant sees, changes or can tell the existence of what another one has: every RPC, by every kind of stranger."""
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf import json_format
+from google.protobuf.descriptor import MethodDescriptor
+
+from clawplane.options.v1 import options_pb2
+from clawplane.user.v1.organization_pb2 import Role
+from gateway.httprule import Binding, bindings, services
+from services.deployment_svc.claw_keys.repository import PERMISSIONS as OF_CLAW_KEYS
+from services.kit import ids
+from services.kit.call import Plan
+from services.user_svc.organizations.roles import PERMISSIONS
+from tests.conftest import Databases
+from tests.harness import Metadata
+from tests.simulators.market import MarketSimulator
+from tests.tenancy import Answer, Scene, is_personal, scene_on
+from tests.test_auth import bearer, forged
+from tests.test_contract import methods
+from tests.valid import Request, unknown
+
+Code = grpc.StatusCode
+PLANS = {method.full_name: Plan.of(method) for method in methods()}
+# Whom a public RPC concerns is no question of tenants: its own tests say what it may tell to nobody in particular.
+RPCS = sorted((m for m in methods() if PLANS[m.full_name].audience != options_pb2.AUDIENCE_PUBLIC), key=lambda m: str(m.full_name))
+HTTP = [binding for service in services() for binding in bindings(service) if binding.rpc in RPCS]
+each_rpc = pytest.mark.parametrize("method", RPCS, ids=lambda method: str(method.full_name))
+
+
+@pytest_asyncio.fixture(scope="module")
+async def scene(databases: Databases, market: MarketSimulator, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Scene]:
+    """One victim and everybody who tries, on each engine."""
+    async with scene_on(tmp_path_factory.mktemp("tenancy"), databases.make(), market.url) as made:
+        yield made
+
+
+def permission_of(method: MethodDescriptor) -> str:
+    """The permission that an RPC needs."""
+    return PLANS[method.full_name].permission
+
+
+def is_platform(method: MethodDescriptor) -> bool:
+    """Whether an RPC is for services and operators alone."""
+    return PLANS[method.full_name].audience == options_pb2.AUDIENCE_PLATFORM
+
+
+def same(about: Answer, instead: Answer, request: Request) -> bool:
+    """Whether two answers differ in nothing but the words that the caller himself sent."""
+    raw = instead.raw
+    for text in request.texts:
+        raw = raw.replace(unknown(text).encode(), text.encode())
+    return about.code == instead.code and about.raw == raw
+
+
+async def learns_nothing(scene: Scene, method: MethodDescriptor, request: Request, who: Metadata) -> None:
+    """The law of the stranger."""
+    answer = await scene.ask(method, request, who)
+    if is_platform(method):
+        assert (answer.code, answer.permission) == (Code.PERMISSION_DENIED, permission_of(method)), answer
+        return
+    if request.required:
+        assert answer.code is Code.NOT_FOUND, answer
+    if request.texts:
+        assert same(answer, instead := await scene.ask(method, request.instead(), who), request), (answer, instead)
+    sent = request.message.SerializeToString()
+    assert not [mark for mark in scene.victim.marks if mark in answer.raw and mark not in sent], answer
+
+
+async def reads_but_changes_nothing(scene: Scene, method: MethodDescriptor, request: Request) -> None:
+    """The law of the viewer in the victim's organization."""
+    answer = await scene.ask(method, request, scene.viewer)
+    if is_platform(method) or permission_of(method) not in PERMISSIONS[Role.ROLE_VIEWER]:
+        assert (answer.code, answer.permission) == (Code.PERMISSION_DENIED, permission_of(method)), answer
+    elif request.references and all(is_personal(reference.prefix) for reference in request.references):
+        # What belongs to a person is not the organization's to show.
+        assert answer.code is Code.NOT_FOUND and same(answer, await scene.ask(method, request.instead(), scene.viewer), request), answer
+    else:
+        assert answer.code is Code.OK and PLANS[method.full_name].is_read, (answer, "a viewer may not change a thing of the organization")
+
+
+async def is_nobody(scene: Scene, method: MethodDescriptor, request: Request) -> None:
+    """The law of those whom no credential stands for."""
+    now = int(time.time())
+    expired = forged(scene.stack, user=scene.victim.person.user.id, iat=now - 700, exp=now - 100)
+    answers = [await scene.ask(method, request, who) for who in (bearer(expired), bearer("no.such.token"), bearer("claw_live_x"), ())]
+    assert {answer.code for answer in answers} == {Code.UNAUTHENTICATED}
+    assert len({answer.raw for answer in answers}) == 1, answers
+
+
+@each_rpc
+async def test_strangers_learn_and_change_nothing(scene: Scene, method: MethodDescriptor) -> None:
+    before = await scene.snapshot()
+    org_id = scene.victim.person.org_id
+    for request in scene.victim.maker.requests(method):
+        for who in (scene.stranger.metadata, scene.elsewhere):
+            await learns_nothing(scene, method, request, who)
+        theirs, nobodys = [await scene.ask(method, request, scene.at(scene.stranger.metadata, org)) for org in (org_id, ids.new("org"))]
+        assert theirs.code is Code.NOT_FOUND and theirs == nobodys
+        await reads_but_changes_nothing(scene, method, request)
+        await is_nobody(scene, method, request)
+        bot = await scene.ask(method, request, scene.claw_key)
+        if permission_of(method) in OF_CLAW_KEYS and not is_platform(method):
+            await learns_nothing(scene, method, request, scene.claw_key)
+        else:
+            # The user service knows no bots at all.
+            assert bot.code is Code.UNAUTHENTICATED or bot.permission == permission_of(method), bot
+    changed = before ^ await scene.snapshot()
+    assert not changed, "\n".join(sorted(changed))
+
+
+@each_rpc
+async def test_the_same_requests_reach_their_rows_when_they_may(scene: Scene, method: MethodDescriptor) -> None:
+    """Without this, a refusal could mean no more than that the request was wrong."""
+    victim = scene.victim if PLANS[method.full_name].is_read else await scene.plant(sacrificed=True)
+    who = scene.stack.operator if is_platform(method) else victim.person.metadata
+    for request in victim.maker.requests(method):
+        answer = await scene.ask(method, request, who)
+        wrong = (Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.INTERNAL)
+        assert answer.code not in wrong, (answer, request)
+        if method.name.startswith("List") and not is_platform(method):
+            assert [mark for mark in victim.marks if mark in answer.raw], f"the victim has nothing that {method.name} lists: make a row in Scene.plant"
+
+
+@pytest.mark.parametrize("binding", HTTP, ids=lambda binding: f"{binding.http_method} {binding.template}")
+async def test_strangers_learn_nothing_over_http(scene: Scene, binding: Binding) -> None:
+    for request in scene.victim.maker.requests(binding.rpc):
+        if not request.texts:
+            continue
+        headers = {**dict(scene.stranger.metadata), "x-request-id": "tenancy"}
+        theirs, nobodys = [await scene.stack.http.request(**as_http(binding, sent), headers=headers) for sent in (request, request.instead())]
+        if is_platform(binding.rpc):
+            assert theirs.status_code == 403 and permission_of(binding.rpc) in theirs.text, theirs.text
+        elif request.required:
+            assert theirs.status_code == 404, theirs.text
+        text = nobodys.text
+        for real in request.texts:
+            text = text.replace(unknown(real), real)
+        assert (theirs.status_code, theirs.text) == (nobodys.status_code, text)
+
+
+def as_http(binding: Binding, request: Request) -> dict[str, Any]:
+    """A request in the form that the gateway takes."""
+    left = json_format.MessageToDict(request.message)
+    path = binding.template
+    for variable in binding.variables:
+        *parents, last = variable.split(".")
+        inner = left
+        for parent in parents:
+            inner = inner[parent]
+        path = path.replace(f"{{{variable}}}", inner.pop("".join([last.split("_")[0], *map(str.title, last.split("_")[1:])])))
+    if binding.body == "*":
+        return {"method": binding.http_method, "url": path, "json": left}
+    body = left.pop(binding.body, None) if binding.body else None
+    return {"method": binding.http_method, "url": path, "params": left, "json": body}
