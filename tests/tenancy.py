@@ -1,5 +1,6 @@
 """A victim with a row of every kind, strangers of every kind, and what the databases hold."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import blacklist_service_pb2, deployment_pb2, deployment_service_pb2, usage_event_pb2, usage_service_pb2
 from clawplane.user.v1 import user_pb2, user_service_pb2
 from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
@@ -28,11 +29,13 @@ from services.kit.settings import KitSettings
 from services.user_svc.base import Base as UserBase
 from services.user_svc.organizations.models import Membership
 from tests.harness import Metadata, Person, Stack, running
-from tests.valid import Maker, Request
+from tests.valid import LISTED, Maker, Request
 
 BASES = {"user_svc": UserBase, "deployment_svc": DeploymentBase}
 LOOPS_OWN = {"feed_cursors"}
 """Tables that hold where a loop is, and nothing of any tenant."""
+QUIET_S = 0.5
+"""A stream that says nothing for so long has let the caller in."""
 LOOPS_TOUCH = {"due_at", "lease_until", "lease_token"}
 
 
@@ -51,27 +54,28 @@ class Victim:
     """A tenant whose rows nobody else may see or change."""
 
     person: Person
-    rows: dict[str, list[dict[str, Any]]]
-    """Every row of his, by table."""
+    rows: dict[Any, list[dict[str, Any]]]
+    """Every row that is his or mentions what is his, by table."""
 
-    def values(self, name: str) -> list[str]:
-        """The texts in the columns of a name."""
+    def values(self, name: str) -> list[Any]:
+        """The texts and numbers in the columns of a name."""
         found = (row.get(name) for rows in self.rows.values() for row in rows)
-        return list(dict.fromkeys(value for value in found if isinstance(value, str) and value))
+        return list(dict.fromkeys(value for value in found if isinstance(value, str | int) and value))
 
-    def row(self, prefix: str) -> str:
-        """An id of a kind; "" for a kind that has no table yet."""
-        kind = next((table for base in BASES.values() for table in base.metadata.tables.values() if prefix_of(table) == prefix), None)
+    def row(self, prefix: str, service: str) -> str:
+        """An id of a kind, of the service's own table where both have one; "" for a kind that has no table yet."""
+        bases = [BASES[service], *BASES.values()]
+        kind = next((table for base in bases for table in base.metadata.tables.values() if prefix_of(table) == prefix), None)
         if kind is None:
             return ""
-        rows = self.rows.get(kind.name)
+        rows = self.rows.get(kind)
         assert rows, f"the victim has no row in {kind.name} ({prefix}_...): make one in Scene.plant of tests/tenancy.py"
         return str(rows[0]["id"])
 
-    @property
-    def maker(self) -> Maker:
-        """Makes requests about this victim."""
-        return Maker(self.row, self.values)
+    def requests(self, method: MethodDescriptor) -> list[Request]:
+        """Every form of a request, about this victim."""
+        service = f"{method.full_name.split('.')[1]}_svc"
+        return Maker(method, lambda prefix: self.row(prefix, service), self.values).requests()
 
     @cached_property
     def marks(self) -> set[bytes]:
@@ -111,6 +115,7 @@ class Scene:
         self.stranger, self.guest = await self.stack.person(), await self.stack.person()
         for person in (self.stranger, self.guest):
             self.bystanders |= {person.user.id[-32:], person.org_id[-32:]}
+            await self.stack.order(person)
         self.claw_key = await self._claw_key(await self.stack.order(self.stranger))
         self.victim = await self.plant()
         db = Database(self.stack.urls["user_svc"], self.settings, "test")
@@ -145,25 +150,43 @@ class Scene:
         person = Person(user, stack.token_for(user.id))
         if sacrificed:
             self.bystanders |= {user.id[-32:], user.personal_org_id[-32:]}
-        d = await stack.live(person, f"{int(tag[:8], 16) % 10**9 + 10**9}:" + tag)
+        d = await self._order(person, "claude-opus-4.5")
+        assert (await stack.sandbox_act(d, "pay")).status_code == 200
+        await stack.until(d.id, deployment_pb2.STATE_ACTIVE)
+        # A wish that is not paid yet.
+        await self._order(person, LISTED["model"])
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
+        said = user_service_pb2.SyncClerkUserRequest(external_id=tag, clerk_user_id=f"clerk_{tag}", email=user.email, full_name="Victim")
+        said.occurred_at.GetCurrentTime()
+        await stack.users.SyncClerkUser(said, metadata=stack.operator)
+        excluded = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=f"asked for by {user.email}")
+        await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
         return Victim(person, await self._rows_of(person))
 
-    async def _rows_of(self, person: Person) -> dict[str, list[dict[str, Any]]]:
-        found = {}
-        for table, row in await self._everything():
-            if person.org_id in row.values() or person.user.id in row.values():
+    async def _order(self, person: Person, model: str) -> deployment_pb2.Deployment:
+        request = deployment_service_pb2.CreateDeploymentRequest(model=model, channel=deployment_pb2.CHANNEL_WEB)
+        d: deployment_pb2.Deployment = await self.stack.deployments.CreateDeployment(request, metadata=person.metadata)
+        return d
+
+    async def _rows_of(self, person: Person) -> dict[Any, list[dict[str, Any]]]:
+        everything = [(table, row, repr(row)) for table, row in await self._everything()]
+        marks = {person.org_id, person.user.id, person.user.email}
+        # What belongs to him, then what only mentions a thing of his, as the event of a provider does.
+        marks |= {str(row["id"]) for _, row, text in everything if "id" in row and any(mark in text for mark in marks)}
+        found: dict[Any, list[dict[str, Any]]] = {}
+        for table, row, text in everything:
+            if any(mark in text for mark in marks):
                 found.setdefault(table, []).append(row)
         return found
 
-    async def _everything(self) -> list[tuple[str, dict[str, Any]]]:
+    async def _everything(self) -> list[tuple[Any, dict[str, Any]]]:
         found = []
         for service, base in BASES.items():
             async with self.engines[service].connect() as connection:
                 for table in base.metadata.sorted_tables:
                     rows = await connection.execute(sa.select(table).order_by(*table.primary_key))
-                    found += [(table.name, dict(row._mapping)) for row in rows]
+                    found += [(table, dict(row._mapping)) for row in rows]
         return found
 
     async def snapshot(self) -> set[str]:
@@ -171,9 +194,9 @@ class Scene:
         kept = set()
         for table, row in await self._everything():
             owner = [row["org_id"]] if "org_id" in row else row.values()
-            if table in LOOPS_OWN or {value[-32:] for value in owner if isinstance(value, str)} & self.bystanders:
+            if table.name in LOOPS_OWN or {value[-32:] for value in owner if isinstance(value, str)} & self.bystanders:
                 continue
-            kept.add(f"{table} { {name: value for name, value in row.items() if name not in LOOPS_TOUCH} }")
+            kept.add(f"{table.name} { {name: value for name, value in row.items() if name not in LOOPS_TOUCH} }")
         return kept
 
     async def ask(self, method: MethodDescriptor, request: Request, metadata: Metadata) -> Answer:
@@ -183,8 +206,10 @@ class Scene:
         kind = self.stack.channel.unary_stream if method.server_streaming else self.stack.channel.unary_unary
         call: Any = kind(path, lambda data: data, lambda data: data)(raw, metadata=metadata, timeout=20)
         try:
-            response = await call.read() if method.server_streaming else await call
+            response = await asyncio.wait_for(call.read(), QUIET_S) if method.server_streaming else await call
             return Answer(grpc.StatusCode.OK, response if isinstance(response, bytes) else b"")
+        except TimeoutError:
+            return Answer(grpc.StatusCode.OK, b"")
         except grpc.aio.AioRpcError as error:
             status = rpc_status.from_call(error)  # type: ignore[arg-type]
             assert status is not None, error

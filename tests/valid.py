@@ -17,8 +17,10 @@ from tests.test_contract import rule_of
 _PREFIX = re.compile(r"([a-z]+)_\[0-9a-f\]\{32\}")
 _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER, field_behavior_pb2.IMMUTABLE}
 _IGNORED_WHEN_EMPTY = 1
-Values = Callable[[str], Sequence[str]]
-"""Field name -> texts that a field of this name may well hold: those of rows that exist."""
+LISTED = {"model": "gpt-3.2"}
+"""What only a service's settings allow: no descriptor says it."""
+Values = Callable[[str], Sequence[Any]]
+"""Field name -> what a field of this name may well hold: the values of rows that exist."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def references(kind: Descriptor, path: tuple[FieldDescriptor, ...] = (), *, upda
                 yield from references(field.message_type, here, updates=updates)
         elif field.type == FieldDescriptor.TYPE_STRING:
             rules = rule_of(field)
-            found = _PREFIX.search(rules.repeated.items.string.pattern if field.is_repeated else rules.string.pattern)
-            if found:
-                required = rules.ignore != _IGNORED_WHEN_EMPTY and (not field.is_repeated or rules.repeated.min_items > 0)
-                yield Reference(here, found.group(1), required and len(path) == 0)
+            pattern = rules.repeated.items.string.pattern if field.is_repeated else rules.string.pattern
+            if found := _PREFIX.search(pattern):
+                empty = rules.repeated.min_items == 0 if field.is_repeated else rules.ignore == _IGNORED_WHEN_EMPTY or re.search(pattern, "")
+                yield Reference(here, found.group(1), not empty and len(path) == 0)
             elif field_behavior_pb2.IDENTIFIER in behaviour(field) and updates:
                 yield Reference(here, ids.PREFIXES[kind.name], True)
 
@@ -83,24 +85,24 @@ def references(kind: Descriptor, path: tuple[FieldDescriptor, ...] = (), *, upda
 class Maker:
     """Makes the requests of a method. ``rows``: an id by prefix, "" for a kind that no table holds yet."""
 
-    def __init__(self, rows: Callable[[str], str], values: Values) -> None:
-        self.rows, self.values = rows, values
+    def __init__(self, method: MethodDescriptor, rows: Callable[[str], str], values: Values) -> None:
+        self.method, self.rows, self.values = method, rows, values
+        self.reads = method.GetOptions().idempotency_level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
 
-    def requests(self, method: MethodDescriptor) -> list[Request]:
+    def requests(self) -> list[Request]:
         """The plain request, one more for each id that may be given, and one for each way of a choice."""
-        kind = method.input_type
+        kind = self.method.input_type
         updates = "update_mask" in kind.fields_by_name
         found = list(references(kind, updates=updates))
         needed = [reference for reference in found if reference.required]
-        reads = method.GetOptions().idempotency_level == descriptor_pb2.MethodOptions.NO_SIDE_EFFECTS
-        made = [self._request(kind, needed, reads)]
-        made += [self._request(kind, [*needed, extra], reads) for extra in found if not extra.required and self.rows(extra.prefix)]
+        made = [self._request(kind, needed)]
+        made += [self._request(kind, [*needed, extra]) for extra in found if not extra.required and self.rows(extra.prefix)]
         for choice in kind.oneofs:
             if len(choice.fields) > 1:
-                made += [self._request(kind, needed, reads, field) for field in choice.fields]
+                made += [self._request(kind, needed, field) for field in choice.fields]
         return made
 
-    def _request(self, kind: Descriptor, wanted: Sequence[Reference], reads: bool, choice: FieldDescriptor | None = None) -> Request:
+    def _request(self, kind: Descriptor, wanted: Sequence[Reference], choice: FieldDescriptor | None = None) -> Request:
         message = message_factory.GetMessageClass(kind)()
         texts: list[str] = []
         for reference in wanted:
@@ -112,9 +114,9 @@ class Maker:
         if choice is not None:
             self._fix(message, choice)
         self._repair(message)
-        if reads:
+        if self.reads:
             # A look-up by something that is no id names a row as well.
-            texts += [text for field, text in message.ListFields() if isinstance(text, str) and text in self.values(field.name) and text not in texts]
+            texts += [text for field, text in message.ListFields() if isinstance(text, str) and text in self.values(field.name) and field.name not in LISTED and text not in texts]
         required = any(reference.required for reference in wanted) or len(texts) > len(wanted)
         return Request(message, tuple(wanted), tuple(texts), required)
 
@@ -173,13 +175,19 @@ class Maker:
                 inner.SetInParent()
                 self._repair(inner)
             return
-        known, made_up = self.values(field.name), _made_up(field)
+        known, made_up = [] if field.name in LISTED else self.values(field.name), _made_up(field)
         # An id without a prefix is the caller's own to choose, as that of a usage event.
-        _best(message, field, [*made_up, *known] if field.name == "id" else [*known, *made_up])
+        kind = str if field.type == FieldDescriptor.TYPE_STRING else int
+        known = [value for value in known if type(value) is kind]
+        # A number, as of a state, is looked for; whoever changes something does not set it to what it is.
+        made_up_first = field.name == "id" or (kind is int and not self.reads)
+        _best(message, field, [*made_up, *known] if made_up_first else [*known, *made_up])
 
 
 def _made_up(field: FieldDescriptor) -> Iterable[Any]:
     rules = rule_of(field)
+    if field.name in LISTED:
+        return [LISTED[field.name]]
     if field.type == FieldDescriptor.TYPE_ENUM:
         return [value.number for value in field.enum_type.values if value.number]
     if field.type == FieldDescriptor.TYPE_BOOL:
@@ -197,8 +205,6 @@ def _best(message: Any, field: FieldDescriptor, candidates: Iterable[Any]) -> No
     """Sets the first candidate that breaks the fewest rules of the message."""
     tried = []
     for candidate in candidates:
-        if isinstance(candidate, str) != (field.type == FieldDescriptor.TYPE_STRING):
-            continue
         trial = type(message)()
         trial.CopyFrom(message)
         _put(trial, field, candidate)
