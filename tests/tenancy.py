@@ -34,7 +34,7 @@ from tests.valid import LISTED, Maker, Request
 BASES = {"user_svc": UserBase, "deployment_svc": DeploymentBase}
 LOOPS_OWN = {"feed_cursors"}
 """Tables that hold where a loop is, and nothing of any tenant."""
-QUIET_S = 0.5
+QUIET_S = 0.25
 """A stream that says nothing for so long has let the caller in."""
 LOOPS_TOUCH = {"due_at", "lease_until", "lease_token"}
 
@@ -225,7 +225,7 @@ class Scene:
 @asynccontextmanager
 async def scene_on(folder: Path, urls: dict[str, str], market_url: str) -> AsyncIterator[Scene]:
     """A scene on empty databases; running bots are looked at so seldom that no loop writes meanwhile."""
-    options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market_url}, "watch_s": 3600}
+    options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market_url}, "watch_s": 3600, "poll_s": 0.3}
     async with running(folder, urls, deployment=options) as stack:
         scene = Scene(stack)
         await scene.set_up()
