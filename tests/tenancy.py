@@ -14,10 +14,11 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import blacklist_service_pb2, usage_event_pb2, usage_service_pb2
 from clawplane.user.v1 import user_pb2, user_service_pb2
 from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
+from services.deployment_svc.base import WebhookEvent as DeploymentWebhook
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments.models import Deployment
 from services.kit import ids, vault
@@ -26,6 +27,7 @@ from services.kit.db import ALL, Database
 from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
 from services.user_svc.base import Base as UserBase
+from services.user_svc.base import WebhookEvent as UserWebhook
 from services.user_svc.organizations.models import Membership
 from tests.harness import Metadata, Person, Stack, running
 from tests.valid import Maker, Request
@@ -148,6 +150,15 @@ class Scene:
         d = await stack.live(person, f"{int(tag[:8], 16) % 10**9 + 10**9}:" + tag)
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
+        # Platform rows that mention the victim, as operators see them.
+        add = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=person.org_id)
+        await stack.blacklist.AddBlacklistEntry(add, metadata=stack.operator)
+        event_id = ids.new("whe")
+        for service, model in (("user_svc", UserWebhook), ("deployment_svc", DeploymentWebhook)):
+            db = Database(stack.urls[service], self.settings, "test")
+            async with db.transaction(ALL) as session:
+                session.add(model(id=event_id, source="test", external_id=person.org_id, type="x", status="ignored", reason="planted"))
+            await db.close()
         return Victim(person, await self._rows_of(person))
 
     async def _rows_of(self, person: Person) -> dict[str, list[dict[str, Any]]]:

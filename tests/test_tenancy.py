@@ -26,6 +26,8 @@ from tests.test_contract import methods
 from tests.valid import Request, unknown
 
 Code = grpc.StatusCode
+OF_ONESELF = {"clawplane.deployment.v1.DeploymentService.FindPendingDuplicate"}
+"""Answers about what the caller alone has wished: to everybody else, a member of the organization too, it is not there."""
 PLANS = {method.full_name: Plan.of(method) for method in methods()}
 # Whom a public RPC concerns is no question of tenants: its own tests say what it may tell to nobody in particular.
 RPCS = sorted((m for m in methods() if PLANS[m.full_name].audience != options_pb2.AUDIENCE_PUBLIC), key=lambda m: str(m.full_name))
@@ -77,6 +79,8 @@ async def reads_but_changes_nothing(scene: Scene, method: MethodDescriptor, requ
     answer = await scene.ask(method, request, scene.viewer)
     if is_platform(method) or permission_of(method) not in PERMISSIONS[Role.ROLE_VIEWER]:
         assert (answer.code, answer.permission) == (Code.PERMISSION_DENIED, permission_of(method)), answer
+    elif method.full_name in OF_ONESELF:
+        assert answer.code is Code.NOT_FOUND, answer
     elif request.references and all(is_personal(reference.prefix) for reference in request.references):
         # What belongs to a person is not the organization's to show.
         assert answer.code is Code.NOT_FOUND and same(answer, await scene.ask(method, request.instead(), scene.viewer), request), answer
@@ -119,6 +123,8 @@ async def test_the_same_requests_reach_their_rows_when_they_may(scene: Scene, me
     """Without this, a refusal could mean no more than that the request was wrong."""
     victim = scene.victim if PLANS[method.full_name].is_read else await scene.plant(sacrificed=True)
     who = scene.stack.operator if is_platform(method) else victim.person.metadata
+    if method.full_name in OF_ONESELF:
+        return  # The wish of a bot that runs is no longer open; tests of its own show that an open one is found.
     for request in victim.maker.requests(method):
         answer = await scene.ask(method, request, who)
         wrong = (Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.INTERNAL)
