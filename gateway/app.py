@@ -7,6 +7,7 @@ import grpc
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -48,7 +49,14 @@ def create_app(
         routes.append(Route("/webhooks/clerk", clerk.receive, methods=["POST"]))
     if settings.sandbox_enabled:
         routes.extend(Sandbox(settings, channels[DEPLOYMENT], service_metadata).routes())
+    # An exact list; credentials are headers that a page sets itself, never cookies.
+    cors = Middleware(
+        CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+        allow_headers=["authorization", "content-type", "clawplane-org", "x-request-id", "last-event-id"],
+        expose_headers=["x-request-id", "retry-after"], max_age=600,
+    )  # fmt: skip
     middleware = [
+        *([cors] if settings.cors_origins else []),
         Middleware(SecurityHeaders, https=settings.public_url.startswith("https://")),
         Middleware(Observe, template=_templates(routes)),
         Middleware(BodyLimit, default_bytes=settings.max_body_bytes, by_prefix={"/webhooks/": settings.webhook_max_bytes}),

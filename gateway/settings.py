@@ -1,12 +1,14 @@
 """Settings of the gateway."""
 
 import ipaddress
+import re
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from gateway.webhooks.clerk import key_of
 from services.kit.settings import KitSettings
 
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 MIN_SECRET_CHARS = 16
 
 
@@ -30,10 +32,21 @@ class GatewaySettings(KitSettings):
     sandbox_webhook_secret: SecretStr = Field(SecretStr(""), description="signs the sandbox's own webhooks")
     webhook_tolerance_s: int = Field(300, ge=1, description="how far a signature's time may be from ours, either way")
 
+    cors_origins: list[str] = Field(
+        default_factory=list, description="origins whose pages may call this gateway, https://app.example.com; empty: none"
+    )
     call_timeout_s: float = Field(30, gt=0, description="deadline of a forwarded call")
     webhook_timeout_s: float = Field(10, gt=0, description="deadline of the call that applies a webhook")
     max_body_bytes: int = Field(1024 * 1024, ge=1, description="largest request body")
     webhook_max_bytes: int = Field(512 * 1024, ge=1, description="largest webhook body")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError("each is scheme, host and port alone, as a browser sends it: https://app.example.com")
+        return origins
 
     @model_validator(mode="after")
     def _check_secrets(self) -> "GatewaySettings":

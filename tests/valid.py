@@ -140,7 +140,8 @@ class Maker:
             field for field in message.DESCRIPTOR.fields
             if field.message_type is not None and any(field_behavior_pb2.IDENTIFIER in behaviour(inner) for inner in field.message_type.fields)
         )  # fmt: skip
-        for field in resource.message_type.fields:
+        # From the end: what a resource is made of comes first, and has rules of its own.
+        for field in reversed(resource.message_type.fields):
             plain = field.type == FieldDescriptor.TYPE_STRING and not field.is_repeated and field.name != "etag"
             if plain and not _NOT_WRITABLE & behaviour(field):
                 _best(getattr(message, resource.name), field, _made_up(field))

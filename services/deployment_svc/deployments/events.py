@@ -42,7 +42,11 @@ async def watch(call: Call, poll_s: float, *, deployment_id: str = "", after: st
         if deployment_id and (d is None or (d.deleted_at is not None and not call.caller.is_platform)):
             raise NotFound("deployment")
         org_id = d.org_id if d is not None else call.org_id
-        if not after:
+        if after:
+            known = _of(org_id).where(DeploymentEvent.id == after)
+            if await session.scalar(known) is None:
+                raise NotFound("deployment event")
+        else:
             after = await session.scalar(_of(org_id).order_by(DeploymentEvent.id.desc()).limit(1)) or ids.lowest("devt")
             if d is not None:
                 await session.refresh(d)
