@@ -20,7 +20,7 @@ from services.user_svc.organizations.roles import PERMISSIONS
 from tests.conftest import Databases
 from tests.harness import Metadata
 from tests.simulators.market import MarketSimulator
-from tests.tenancy import Answer, Scene, is_personal, scene_on
+from tests.tenancy import Answer, Scene, Victim, is_personal, scene_on
 from tests.test_auth import bearer, forged
 from tests.test_contract import methods
 from tests.valid import Request, unknown
@@ -130,6 +130,14 @@ async def test_the_same_requests_reach_their_rows_when_they_may(scene: Scene, me
         assert answer.code not in wrong, (answer, request)
         if method.name.startswith("List") and not is_platform(method):
             assert [mark for mark in victim.marks if mark in answer.raw], f"the victim has nothing that {method.name} lists: make a row in Scene.plant"
+
+
+async def test_a_kind_without_a_row_is_told(scene: Scene) -> None:
+    nothing = Victim(scene.victim.person, {})
+    for method in RPCS:
+        if any(sent.references for sent in scene.victim.requests(method)):
+            with pytest.raises(AssertionError, match=r"no row in \w+ \(\w+_\.\.\.\): make one in Scene\.plant"):
+                nothing.requests(method)
 
 
 @pytest.mark.parametrize("binding", HTTP, ids=lambda binding: f"{binding.http_method} {binding.template}")
