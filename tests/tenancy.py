@@ -150,11 +150,11 @@ class Scene:
         person = Person(user, stack.token_for(user.id))
         if sacrificed:
             self.bystanders |= {user.id[-32:], user.personal_org_id[-32:]}
-        d = await self._order(person, "claude-opus-4.5")
+        d = await self.order(person, "claude-opus-4.5")
         assert (await stack.sandbox_act(d, "pay")).status_code == 200
         await stack.until(d.id, deployment_pb2.STATE_ACTIVE)
         # A wish that is not paid yet.
-        await self._order(person, LISTED["model"])
+        await self.order(person, LISTED["model"])
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
         said = user_service_pb2.SyncClerkUserRequest(external_id=tag, clerk_user_id=f"clerk_{tag}", email=user.email, full_name="Victim")
@@ -164,7 +164,8 @@ class Scene:
         await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
         return Victim(person, await self._rows_of(person))
 
-    async def _order(self, person: Person, model: str) -> deployment_pb2.Deployment:
+    async def order(self, person: Person, model: str) -> deployment_pb2.Deployment:
+        """Orders a bot that talks on the web, which needs no token."""
         request = deployment_service_pb2.CreateDeploymentRequest(model=model, channel=deployment_pb2.CHANNEL_WEB)
         d: deployment_pb2.Deployment = await self.stack.deployments.CreateDeployment(request, metadata=person.metadata)
         return d
@@ -199,14 +200,14 @@ class Scene:
             kept.add(f"{table.name} { {name: value for name, value in row.items() if name not in LOOPS_TOUCH} }")
         return kept
 
-    async def ask(self, method: MethodDescriptor, request: Request, metadata: Metadata) -> Answer:
+    async def ask(self, method: MethodDescriptor, request: Request, metadata: Metadata, quiet_s: float = QUIET_S) -> Answer:
         """Calls an RPC; of a stream, only the first message counts."""
         path, raw = f"/{method.containing_service.full_name}/{method.name}", request.message.SerializeToString()
         metadata = (*metadata, ("x-request-id", "tenancy"))
         kind = self.stack.channel.unary_stream if method.server_streaming else self.stack.channel.unary_unary
         call: Any = kind(path, lambda data: data, lambda data: data)(raw, metadata=metadata, timeout=20)
         try:
-            response = await asyncio.wait_for(call.read(), QUIET_S) if method.server_streaming else await call
+            response = await asyncio.wait_for(call.read(), quiet_s) if method.server_streaming else await call
             return Answer(grpc.StatusCode.OK, response if isinstance(response, bytes) else b"")
         except TimeoutError:
             return Answer(grpc.StatusCode.OK, b"")

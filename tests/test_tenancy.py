@@ -1,5 +1,6 @@
 """No tenant sees, changes or can tell the existence of what another one has: every RPC, by every kind of stranger."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -130,6 +131,24 @@ async def test_the_same_requests_reach_their_rows_when_they_may(scene: Scene, me
         assert answer.code not in wrong, (answer, request)
         if method.name.startswith("List") and not is_platform(method):
             assert [mark for mark in victim.marks if mark in answer.raw], f"the victim has nothing that {method.name} lists: make a row in Scene.plant"
+
+
+@pytest.mark.parametrize("method", [m for m in RPCS if m.server_streaming and not is_platform(m)], ids=lambda method: str(method.full_name))
+async def test_streams_tell_strangers_nothing_later(scene: Scene, method: MethodDescriptor) -> None:
+    if scene.victim.requests(method)[0].required:
+        return  # The first answer is the last: NOT_FOUND.
+    victim = await scene.plant(sacrificed=True)
+    request = victim.requests(method)[0]
+    own, strangers = [
+        asyncio.create_task(scene.ask(method, request, who, quiet_s=10)) for who in (victim.person.metadata, scene.stranger.metadata)
+    ]
+    await asyncio.sleep(0.3)
+    await scene.order(victim.person, "gemini-3-flash")
+    mark = victim.person.org_id.encode()
+    assert mark in (await own).raw, "an order is no event of this stream: make one that is"
+    await asyncio.wait({strangers}, timeout=0.3)
+    assert not strangers.done() or mark not in strangers.result().raw
+    strangers.cancel()
 
 
 async def test_a_kind_without_a_row_is_told(scene: Scene) -> None:
