@@ -1,6 +1,7 @@
 """No tenant sees, changes or can tell the existence of what another one has: every RPC, by every kind of stranger."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,7 +20,7 @@ from services.kit import ids
 from services.kit.call import Plan
 from services.user_svc.organizations.roles import PERMISSIONS
 from tests.conftest import Databases
-from tests.harness import Metadata
+from tests.harness import Metadata, Person
 from tests.simulators.market import MarketSimulator
 from tests.tenancy import Answer, Scene, Victim, is_personal, scene_on
 from tests.test_auth import bearer, forged
@@ -59,7 +60,14 @@ def same(about: Answer, instead: Answer, request: Request) -> bool:
     return about.code == instead.code and about.raw == raw
 
 
-async def learns_nothing(scene: Scene, method: MethodDescriptor, request: Request, who: Metadata) -> None:
+def of_others(scene: Scene, answer: Answer, request: Request, person: Person) -> list[bytes]:
+    """What an answer says of the victim or of any other tenant, beside what the caller himself sent."""
+    named = set(re.findall(rb"(?:org|usr)_[0-9a-f]{32}", answer.raw)) - {person.org_id.encode(), person.user.id.encode()}
+    sent = request.message.SerializeToString()
+    return [mark for mark in scene.victim.marks | named if mark in answer.raw and mark not in sent]
+
+
+async def learns_nothing(scene: Scene, method: MethodDescriptor, request: Request, who: Metadata, person: Person) -> None:
     """The law of the stranger."""
     answer = await scene.ask(method, request, who)
     if is_platform(method):
@@ -69,8 +77,7 @@ async def learns_nothing(scene: Scene, method: MethodDescriptor, request: Reques
         assert answer.code is Code.NOT_FOUND, answer
     if request.texts:
         assert same(answer, instead := await scene.ask(method, request.instead(), who), request), (answer, instead)
-    sent = request.message.SerializeToString()
-    assert not [mark for mark in scene.victim.marks if mark in answer.raw and mark not in sent], answer
+    assert not of_others(scene, answer, request, person), answer
 
 
 async def reads_but_changes_nothing(scene: Scene, method: MethodDescriptor, request: Request) -> None:
@@ -106,12 +113,12 @@ async def test_strangers_learn_and_change_nothing(scene: Scene, method: MethodDe
     theirs, nobodys = [await scene.ask(method, requests[0], scene.at(scene.stranger.metadata, org)) for org in (org_id, ids.new("org"))]
     assert theirs.code is Code.NOT_FOUND and theirs == nobodys
     for request in requests:
-        for who in (scene.stranger.metadata, scene.elsewhere):
-            await learns_nothing(scene, method, request, who)
+        await learns_nothing(scene, method, request, scene.stranger.metadata, scene.stranger)
+        await learns_nothing(scene, method, request, scene.elsewhere, scene.guest)
         await reads_but_changes_nothing(scene, method, request)
         bot = await scene.ask(method, request, scene.claw_key)
         if permission_of(method) in OF_CLAW_KEYS and not is_platform(method):
-            await learns_nothing(scene, method, request, scene.claw_key)
+            await learns_nothing(scene, method, request, scene.claw_key, scene.stranger)
         else:
             # The user service knows no bots at all.
             assert bot.code is Code.UNAUTHENTICATED or bot.permission == permission_of(method), bot
@@ -144,10 +151,9 @@ async def test_streams_tell_strangers_nothing_later(scene: Scene, method: Method
     ]
     await asyncio.sleep(0.3)
     await scene.order(victim.person, "gemini-3-flash")
-    mark = victim.person.org_id.encode()
-    assert mark in (await own).raw, "an order is no event of this stream: make one that is"
+    assert victim.person.org_id.encode() in (await own).raw, "an order is no event of this stream: make one that is"
     await asyncio.wait({strangers}, timeout=0.3)
-    assert not strangers.done() or mark not in strangers.result().raw
+    assert not strangers.done() or not of_others(scene, strangers.result(), request, scene.stranger)
     strangers.cancel()
 
 
