@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import pytest_asyncio
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
@@ -54,8 +55,8 @@ async def reached(market: MarketSimulator, name: str, fault: str) -> None:
     await eventually(check, 20)
 
 
-async def crash_at(processes: Processes, market: MarketSimulator, step: Step, call: str, skip: int, when: str) -> None:
-    """One deployment, one kill at the given call."""
+async def stuck_at(processes: Processes, market: MarketSimulator, step: Step, call: str, skip: int, when: str) -> tuple[Step, str, str]:
+    """One deployment, brought to the given call and held there: (step, deployment id, call)."""
     person = await processes.person()
     async with Client(processes) as client:
         d = await client.order(person)
@@ -71,32 +72,31 @@ async def crash_at(processes: Processes, market: MarketSimulator, step: Step, ca
             await market.post("/_sim/faults", fault)
             await client.pay(d)
         await reached(market, name, when)
-        await processes.kill_and_restart()
+        return step, d.id, call
+
+
+async def recovered(processes: Processes, market: MarketSimulator, step: Step, deployment_id: str, call: str, when: str) -> None:
+    """After the restart it goes on where it was, and ends with exactly one bot, or none when it was being closed."""
+    name = f"clawplane-{deployment_id}"
+    async with Client(processes) as client:
         if step is Step.CLOSE:
-            await client.until(d.id, deployment_pb2.STATE_CLOSED)
-            assert (await market.get("/_sim/running")).get(name, 0) == 0
+            await client.until(deployment_id, deployment_pb2.STATE_CLOSED)
+            assert (await market.get("/_sim/running")).get(name, 0) == 0, (call, when)
             return
-        await client.until(d.id, deployment_pb2.STATE_ACTIVE)
+        await client.until(deployment_id, deployment_pb2.STATE_ACTIVE)
         assert (await market.get("/_sim/running"))[name] == 1, (step, call, when)
         assert (await market.get("/_sim/peaks"))[name] == 1, (step, call, when)
         living = [order for order in await market.get("/_sim/orders") if order["name"] == name and order["state"] != "closed"]
         assert len(living) == 1, (step, call, when, living)
-        # Other deployments of the test must not meet this one's bot.
-        await client.deployments.CloseDeployment(deployment_service_pb2.CloseDeploymentRequest(id=d.id), metadata=person)
-        await client.until(d.id, deployment_pb2.STATE_CLOSED)
 
 
-async def test_killed_after_each_call(processes: Processes, market: MarketSimulator) -> None:
-    for step, calls in CALLS.items():
-        for call, skip in calls:
-            await crash_at(processes, market, step, call, skip, AFTER)
-
-
-async def test_killed_before_each_call(processes: Processes, market: MarketSimulator) -> None:
-    for step, calls in CALLS.items():
-        for call, skip in calls:
-            await crash_at(processes, market, step, call, skip, BEFORE)
-            print(f"killed before {call} of {step.value}: one bot")
+@pytest.mark.parametrize("when", [BEFORE, AFTER])
+async def test_killed_at_every_call(processes: Processes, market: MarketSimulator, when: str) -> None:
+    """A deployment for each call of each step; all of them stand there when the service is killed."""
+    calls = [(step, call, skip) for step, found in CALLS.items() for call, skip in found]
+    stuck = await asyncio.gather(*(stuck_at(processes, market, step, call, skip, when) for step, call, skip in calls))
+    await processes.kill_and_restart()
+    await asyncio.gather(*(recovered(processes, market, *one, when) for one in stuck))
 
 
 async def test_a_bot_outlives_the_service_and_is_adopted(databases: Databases, tmp_path: Path) -> None:
