@@ -24,6 +24,8 @@ from tests.processes import ROOT, Client, Processes, market_env
 from tests.simulators.market import MarketSimulator
 
 WORKERS, CALLERS = 2, 8
+# Several processes share a server; a file has one.
+on_a_server = pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 
 
 class Load:
@@ -92,6 +94,7 @@ async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
     await eventually(check, 40)
 
 
+@on_a_server
 async def test_a_rolling_restart_fails_no_call(processes: Processes) -> None:
     person = await processes.person()
     async with Client(processes) as client:
@@ -106,6 +109,7 @@ async def test_a_rolling_restart_fails_no_call(processes: Processes) -> None:
     assert load.failures == [] and load.done > 100, (load.done, load.failures[:3])
 
 
+@on_a_server
 async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
     person = await processes.person()
     victim = workers_of(processes.running[1])[0]
@@ -120,6 +124,7 @@ async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
         assert (await client.order(person)).state == deployment_pb2.STATE_PENDING
 
 
+@on_a_server
 async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
     left = workers_of(processes.running[1])
     processes.running[1].kill()
