@@ -10,33 +10,20 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from gateway.errors import from_rpc, invalid, status_json
+from gateway.errors import from_rpc, status_json
 
 HEARTBEAT_S = 15.0
 """Proxies close what is silent for long."""
 FIRST_S = 0.5
 """How long an error may take to come as an HTTP status; later ones come as an event."""
 RETRY_MS = 1000
-_RESUME = ("after_event_id", "after_seq")
 
 
 def resume(http: Request, message: Any) -> None:
     """Puts what a browser sends when it reconnects into the request, unless the query says where to resume."""
     last = http.headers.get("last-event-id", "")
-    for name in _RESUME:
-        if last and name in message.DESCRIPTOR.fields_by_name and not getattr(message, name):
-            try:
-                setattr(message, name, type(getattr(message, name))(last))
-            except ValueError:
-                raise invalid([("last-event-id", "is no place to resume at")]) from None
-
-
-def token_of(message: Any) -> str:
-    """Where to resume after a message; "" when there is no such place."""
-    fields = message.DESCRIPTOR.fields_by_name
-    if "seq" in fields:
-        return str(message.seq)
-    return str(message.event.id) if "event" in fields and message.HasField("event") else ""
+    if last and not message.after_event_id:
+        message.after_event_id = last
 
 
 async def answer(call: Any, stopping: asyncio.Event, to_json: Callable[[Message], bytes]) -> StreamingResponse:
@@ -65,7 +52,7 @@ async def _events(
             message = reading.result()
             if message is grpc.aio.EOF:
                 return
-            yield _event(b"", token_of(message), to_json(message))
+            yield _event(b"", message.event.id, to_json(message))
             reading = asyncio.ensure_future(call.read())
     except grpc.aio.AioRpcError as error:
         yield _event(b"error", "", orjson.dumps(status_json(from_rpc(error))))

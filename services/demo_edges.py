@@ -15,6 +15,7 @@ import grpc
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from clawplane.user.v1 import user_service_pb2
+from gateway.webhooks import clerk
 from services.kit import devkeys
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ async def deleted_at_clerk(demo: "Demo") -> None:
 
 
 async def _from_clerk(demo: "Demo", kind: str, data: dict[str, Any]) -> None:
-    from gateway.webhooks import clerk
-
     payload = json.dumps({"type": kind, "object": "event", "data": data, "timestamp": time.time_ns() // 1_000_000}).encode()
     message_id, now = f"msg_{secrets.token_hex(12)}", int(time.time())
     key = clerk.key_of(devkeys.clerk_webhook_secret(demo.keys))

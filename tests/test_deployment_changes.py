@@ -1,15 +1,18 @@
 """What an owner may wish of a deployment, what an operator may set, and what is found by what."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
-from clawplane.deployment.v1 import deployment_pb2, payment_service_pb2
+from clawplane.deployment.v1 import deployment_pb2, payment_service_pb2, usage_service_pb2
 from clawplane.deployment.v1 import deployment_service_pb2 as rpc
+from services.deployment_svc.settings import DeploymentSettings
+from services.kit.db import ALL, Database
 from tests.conftest import Databases
 from tests.harness import TELEGRAM, Person, Stack, eventually, running
 from tests.simulators.market import MarketSimulator
@@ -49,7 +52,7 @@ async def test_a_name_at_once_and_a_model_by_a_restart(stack: Stack, person: Per
     assert (named.display_name, named.email, named.state, named.generation) == ("Ann's bot", d.email, ACTIVE, d.generation)
     stale = rpc.UpdateDeploymentRequest(deployment=wish, update_mask={"paths": ["display_name"]})
     assert (await code_of(stack.deployments.UpdateDeployment(stale, metadata=person.metadata)))[0] is Code.ABORTED
-    other = next(model for model in stack_models(stack) if model != d.model)
+    other = next(model for model in DeploymentSettings(data_dir=stack.data_dir).models if model != d.model)
     change = rpc.UpdateDeploymentRequest(deployment={"id": d.id, "model": other}, update_mask={"paths": ["model"]})  # type: ignore[arg-type]
     await stack.deployments.UpdateDeployment(change, metadata=person.metadata)
     live = await again_active(stack, d)
@@ -64,20 +67,12 @@ async def test_a_name_at_once_and_a_model_by_a_restart(stack: Stack, person: Per
             assert code is Code.INVALID_ARGUMENT and field in text
 
 
-def stack_models(stack: Stack) -> list[str]:
-    """The models that can be ordered."""
-    from services.deployment_svc.settings import DeploymentSettings
-
-    return list(DeploymentSettings(data_dir=stack.data_dir).models)
-
-
 async def test_a_rotated_key_ends_with_the_new_start(stack: Stack, person: Person, market: MarketSimulator) -> None:
     d = await stack.live(person)
     (before,) = await orders(market, d)
     await stack.deployments.RotateClawKey(rpc.RotateClawKeyRequest(id=d.id), metadata=person.metadata)
     await again_active(stack, d)
     (after,) = await orders(market, d)
-    from clawplane.deployment.v1 import usage_service_pb2
 
     def record(key: str) -> Any:
         event = {"id": "x", "provider": "anthropic", "model": d.model, "type": 1, "tokens_in": 1}
@@ -112,7 +107,9 @@ async def test_cancelling(stack: Stack, person: Person, market: MarketSimulator)
     assert closing.state == deployment_pb2.STATE_CLOSING
     await stack.until(d.id, CLOSED)
     assert not await orders(market, d)
-    due = await stack.payments.ListPayments(payment_service_pb2.ListPaymentsRequest(refund_due=True, page_size=250), metadata=stack.operator)
+    due = await stack.payments.ListPayments(
+        payment_service_pb2.ListPaymentsRequest(refund_due=True, page_size=250), metadata=stack.operator
+    )
     assert [p.attention for p in due.payments if p.deployment_id == d.id] == ["closed before the bot ever ran"]
     again = await stack.deployments.CancelDeployment(rpc.CancelDeploymentRequest(id=d.id), metadata=person.metadata)
     assert again.state == CLOSED
@@ -187,7 +184,12 @@ async def test_found_by_what_belongs_to_it(stack: Stack, person: Person) -> None
 
 
 async def test_only_so_many_are_brought_up_at_once(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
-    options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market.url}, "org_deploying": 2, "all_deploying": 3}
+    options = {
+        "driver": "tests.simulators.market:MarketDriver",
+        "driver_options": {"url": market.url},
+        "org_deploying": 2,
+        "all_deploying": 3,
+    }
     async with running(tmp_path, databases.make(), deployment=options) as stack:
         people = [await stack.person() for _ in range(2)]
         made = [await stack.order(person, f"77777777{n}:" + "Q" * 35) for person in people for n in range(3)]
@@ -210,14 +212,12 @@ async def test_only_so_many_are_brought_up_at_once(databases: Databases, market:
         assert len(at_work) == 6 and (most, most_of_one) == (3, 2)
 
 
-Check = Callable[[], Awaitable[Any]]
-
-
 async def test_what_nothing_moves_is_found(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
     options = {
         "driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market.url}, "reap_s": 0.2, "stuck_after_s": 1.5,
     }  # fmt: skip
-    async with running(tmp_path, databases.make(), deployment=options) as stack:
+    urls = databases.make()
+    async with running(tmp_path, urls, deployment=options) as stack:
         person = await stack.person()
         d = await stack.order(person)
         await market.post("/_sim/faults", {"step": "create", "kind": "error", "name": f"clawplane-{d.id}", "times": 10_000})
@@ -227,3 +227,24 @@ async def test_what_nothing_moves_is_found(databases: Databases, market: MarketS
         await market.post("/_sim/calm")
         await stack.deployments.RetryDeployment(rpc.RetryDeploymentRequest(id=d.id), metadata=person.metadata)
         await stack.until(d.id, ACTIVE)
+        # A due time that was lost: nobody would look at it ever again.
+        await _sql(urls, tmp_path, "UPDATE deployments SET due_at = NULL, state = 'closing' WHERE lease_until IS NULL")
+        await stack.until(d.id, CLOSED)
+        # A wish from long ago that never got its page.
+        wish = await stack.order(person)
+        await _sql(urls, tmp_path, "UPDATE deployments SET link_number = 0, created_at = '2026-01-01 00:00:00' WHERE state = 'pending'")
+        await stack.until(wish.id, deployment_pb2.STATE_EXPIRED)
+
+
+async def _sql(urls: dict[str, str], data_dir: Path, statement: str) -> None:
+    """Changes rows behind the service's back, until it changed at least one."""
+    db = Database(urls["deployment_svc"], DeploymentSettings(data_dir=data_dir), "behind")
+
+    async def changed() -> bool:
+        async with db.transaction(ALL) as session:
+            return bool((await session.execute(sa.text(statement))).rowcount)
+
+    try:
+        await eventually(changed)
+    finally:
+        await db.close()

@@ -176,14 +176,12 @@ async def test_a_stop_under_load_ends_watches_and_fails_no_call(databases: Datab
         processes.stop()
 
 
+@on_a_server
 async def test_too_many_workers_for_the_server_are_refused(databases: Databases, tmp_path: Path) -> None:
     urls = databases.make()
     env = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")} | {
         "CLAWPLANE_USER_DATABASE_URL": urls["user_svc"], "CLAWPLANE_DATA_DIR": str(tmp_path), "CLAWPLANE_POOL_SIZE": "50",
     }  # fmt: skip
-    if databases.engine == "sqlite":
-        # A file has no limit of connections: the same command serves.
-        return
     command = [sys.executable, "-m", "services.cli", "serve", "user", "--port", "1", "--workers", "4"]
     done = await asyncio.to_thread(subprocess.run, command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "4 workers may open 260 connections" in done.stderr.replace("\n", " ")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clawplane.user.v1 import user_service_pb2
-from gateway.webhooks.stripe import BadEvent, BadSignature, Ignore
+from gateway.webhooks.event import BadEvent, BadSignature, Ignore
 
 MAX_HEADER_CHARS = 4096
 USER_EVENTS = ("user.created", "user.updated", "user.deleted")

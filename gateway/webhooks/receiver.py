@@ -1,5 +1,6 @@
 """Takes webhooks: verify the raw bytes, translate, call the owner; 2xx only after the owner answered."""
 
+import abc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from gateway import strictjson
 from gateway.errors import ApiError, code_of, from_rpc, invalid, make_status
 from gateway.settings import GatewaySettings
 from gateway.webhooks import clerk, stripe
+from gateway.webhooks.event import BadEvent, BadSignature, Ignore
 
 RETRY_AFTER_S = 5
 log = structlog.get_logger("gateway.webhooks")
@@ -29,11 +31,15 @@ Metadata = Sequence[tuple[str, str]]
 ServiceMetadata = Callable[[], Sequence[tuple[str, str]]]
 
 
-class Receiver:
+class Receiver(abc.ABC):
     """The endpoint ``POST /webhooks/<source>``: what is the same for every sender."""
 
-    source = ""
-    signature_header = ""
+    source: str
+    signature_header: str
+    ignored: Any
+    """The class of the request by which the owner stores what nobody handles."""
+    owner: Any
+    """The stub that takes it."""
 
     def __init__(self, settings: GatewaySettings, service_metadata: ServiceMetadata) -> None:
         self._tolerance_s, self._timeout_s = settings.webhook_tolerance_s, settings.webhook_timeout_s
@@ -44,16 +50,16 @@ class Receiver:
         payload = await http.body()
         try:
             provider, meaning = self.read(http, payload)
-        except stripe.BadSignature as error:
+        except BadSignature as error:
             log.warning("webhook_refused", source=self.source, reason=str(error))
             raise invalid([(self.signature_header, str(error))]) from None
-        except stripe.BadEvent as error:
+        except BadEvent as error:
             log.warning("webhook_malformed", source=self.source, reason=str(error))
             raise invalid([("event", str(error))]) from None
         metadata = (*self._service_metadata(), ("x-request-id", http.scope["state"]["request_id"]))
         try:
-            if isinstance(meaning, stripe.Ignore):
-                await self.ignore(provider, meaning, metadata)
+            if isinstance(meaning, Ignore):
+                await self._ignore(provider, meaning, metadata)
                 log.info("webhook_ignored", source=provider, event_id=meaning.external_id, type=meaning.type, reason=meaning.reason)
             else:
                 said = await self.apply(meaning, metadata)
@@ -62,27 +68,27 @@ class Receiver:
             raise refusal(error, self.source) from None
         return Response(b'{"received":true}', media_type="application/json")
 
+    @abc.abstractmethod
     def read(self, http: Request, payload: bytes) -> tuple[str, Any]:
         """(who signed it, what it means); BadSignature or BadEvent."""
-        raise NotImplementedError
 
-    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
-        """Has an event stored that nobody handles."""
-        raise NotImplementedError
-
+    @abc.abstractmethod
     async def apply(self, meaning: Any, metadata: Metadata) -> dict[str, Any]:
         """Has an event applied; what to log of it."""
-        raise NotImplementedError
+
+    async def _ignore(self, provider: str, event: Ignore, metadata: Metadata) -> None:
+        request = self.ignored(source=provider, external_id=event.external_id, type=event.type, reason=event.reason[:500])
+        await self.owner.IgnoreWebhookEvent(request, metadata=metadata, timeout=self._timeout_s)
 
 
 class StripeReceiver(Receiver):
     """Stripe's events; also takes what the sandbox signs, while it is enabled."""
 
-    source, signature_header = "stripe", "stripe-signature"
+    source, signature_header, ignored = "stripe", "stripe-signature", payment_service_pb2.IgnoreWebhookEventRequest
 
     def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
         super().__init__(settings, service_metadata)
-        self._stub = payment_service_pb2_grpc.PaymentServiceStub(channel)
+        self.owner = payment_service_pb2_grpc.PaymentServiceStub(channel)
         keys = [("stripe", secret) for secret in settings.stripe_webhook_secrets]
         if settings.sandbox_enabled:
             keys.append(("sandbox", settings.sandbox_webhook_secret))
@@ -93,39 +99,27 @@ class StripeReceiver(Receiver):
         provider = stripe.verify(payload, signature, self._secrets, time.time(), self._tolerance_s)
         return provider, stripe.translate(strictjson.load(payload), provider)
 
-    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
-        request = payment_service_pb2.IgnoreWebhookEventRequest(
-            source=provider, external_id=event.external_id, type=event.type, reason=event.reason[:500]
-        )
-        await self._stub.IgnoreWebhookEvent(request, metadata=metadata, timeout=self._timeout_s)
-
     async def apply(self, meaning: payment_pb2.PaymentEvent, metadata: Metadata) -> dict[str, Any]:
         request = payment_service_pb2.ApplyPaymentEventRequest(event=meaning)
-        reply = await self._stub.ApplyPaymentEvent(request, metadata=metadata, timeout=self._timeout_s)
+        reply = await self.owner.ApplyPaymentEvent(request, metadata=metadata, timeout=self._timeout_s)
         return {"deployment_id": reply.deployment_id, "duplicate": reply.duplicate, "outcome": reply.outcome}
 
 
 class ClerkReceiver(Receiver):
     """Clerk's events of users."""
 
-    source, signature_header = "clerk", "svix-signature"
+    source, signature_header, ignored = "clerk", "svix-signature", webhook_service_pb2.IgnoreWebhookEventRequest
 
     def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
         super().__init__(settings, service_metadata)
         self._users = user_service_pb2_grpc.UserServiceStub(channel)
-        self._webhooks = webhook_service_pb2_grpc.WebhookServiceStub(channel)
+        self.owner = webhook_service_pb2_grpc.WebhookServiceStub(channel)
         self._keys = [clerk.key_of(secret.get_secret_value()) for secret in settings.clerk_webhook_secrets]
 
     def read(self, http: Request, payload: bytes) -> tuple[str, Any]:
         now = time.time()
         message_id = clerk.verify(payload, http.headers, self._keys, now, self._tolerance_s)
         return self.source, clerk.translate(strictjson.load(payload), message_id, int(now))
-
-    async def ignore(self, provider: str, event: stripe.Ignore, metadata: Metadata) -> None:
-        request = webhook_service_pb2.IgnoreWebhookEventRequest(
-            source=provider, external_id=event.external_id, type=event.type, reason=event.reason[:500]
-        )
-        await self._webhooks.IgnoreWebhookEvent(request, metadata=metadata, timeout=self._timeout_s)
 
     async def apply(self, meaning: user_service_pb2.SyncClerkUserRequest, metadata: Metadata) -> dict[str, Any]:
         reply = await self._users.SyncClerkUser(meaning, metadata=metadata, timeout=self._timeout_s)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clawplane.deployment.v1 import payment_pb2
+from gateway.webhooks.event import BadEvent, BadSignature, Ignore
 
 MAX_HEADER_CHARS = 4096
 SANDBOX_SESSION_PREFIX = "cs_sandbox_"
@@ -28,29 +29,12 @@ _SESSION_KINDS: Mapping[str, payment_pb2.PaymentEventKind.ValueType] = {
 }
 
 
-class BadSignature(Exception):
-    """The request was not signed by someone we know, or not now."""
-
-
-class BadEvent(Exception):
-    """The request is signed, and does not have the form of an event."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Secret:
     """A signing secret, and the provider that whoever knows it may speak for: "stripe" or "sandbox"."""
 
     provider: str
     key: bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class Ignore:
-    """An event that nobody handles."""
-
-    external_id: str
-    type: str
-    reason: str
 
 
 def sign(payload: bytes, key: bytes, at_s: int) -> str:

@@ -196,6 +196,12 @@ def insert_for(session: AsyncSession) -> Callable[..., Any]:
     return sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
 
 
+_FREE_CONNECTIONS = """
+    SELECT sum(CASE name WHEN 'max_connections' THEN setting::int ELSE -setting::int END)
+    FROM pg_settings WHERE name IN ('max_connections', 'superuser_reserved_connections', 'reserved_connections')
+"""
+
+
 async def check_connections(url: str, settings: KitSettings, workers: int) -> None:
     """ValueError when that many processes could ask the server for more connections than it gives."""
     db = Database(url, settings, "check")
@@ -204,12 +210,9 @@ async def check_connections(url: str, settings: KitSettings, workers: int) -> No
     try:
         await db.connect()
         async with db.writing.connect() as connection:
-            names = "'max_connections', 'superuser_reserved_connections', 'reserved_connections'"
-            found = (await connection.execute(text(f"SELECT name, setting::int FROM pg_settings WHERE name IN ({names})"))).all()  # noqa: S608
+            free = await connection.scalar(text(_FREE_CONNECTIONS))
     finally:
         await db.close()
-    rows: dict[str, int] = {name: setting for name, setting in found}  # noqa: C416 - rows are no pairs to a type checker
-    free = rows.pop("max_connections") - sum(rows.values())
     wanted = workers * (settings.pool_size + settings.max_overflow)
     if wanted > free:
         raise ValueError(

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 from services.kit.call import Call, Plan
 from services.kit.columns import Timestamps, UtcDateTime, now
 from services.kit.db import ALL
-from services.kit.errors import Conflict, Error, InvalidArgument
+from services.kit.errors import Conflict, InvalidArgument
 
 FIELD = "request_id"
 _KEPT, _SECRET_KEPT = timedelta(hours=24), timedelta(minutes=10)
@@ -48,8 +48,11 @@ async def once(call: Call, request: Message, handler: Any) -> Message:
     """The answer of the call, from the handler or from the call before it."""
     key, body = _key(call, request), hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
     known = await _find(call, key)
-    if known is not None:
+    if known is not None and known.expires_at > now():
         return await _repeat(call, known, body)
+    if known is not None:
+        # Its time is over, and the purge has not come by yet.
+        await _forget(call, key)
     keep = _SECRET_KEPT if call.plan.answer_is_secret else _KEPT
     call.claim = lambda resource_id: call.kit.answers(key=key, request=body, resource_id=resource_id, expires_at=now() + keep)
     try:
@@ -57,8 +60,7 @@ async def once(call: Call, request: Message, handler: Any) -> Message:
     except Exception:
         if call.claimed:
             # It was not done after all: the next try must not be told that it was.
-            async with call.kit.db.transaction(ALL) as session:
-                await session.execute(delete(call.kit.answers).where(call.kit.answers.key == key))
+            await _forget(call, key)
             raise
         known = await _find(call, key)
         if known is None:
@@ -78,8 +80,12 @@ def _key(call: Call, request: Any) -> bytes:
 
 async def _find(call: Call, key: bytes) -> Any:
     async with call.kit.db.read(ALL) as session:
-        row = await session.get(call.kit.answers, key)
-    return row if row is not None and row.expires_at > now() else None
+        return await session.get(call.kit.answers, key)
+
+
+async def _forget(call: Call, key: bytes) -> None:
+    async with call.kit.db.transaction(ALL) as session:
+        await session.execute(delete(call.kit.answers).where(call.kit.answers.key == key))
 
 
 async def _repeat(call: Call, row: Any, body: bytes) -> Message:
@@ -111,6 +117,5 @@ def _place(key: bytes) -> str:
 
 
 def _box(call: Call) -> Any:
-    if call.kit.box is None:
-        raise Error("a service whose answers hold secrets needs a secret box")
+    assert call.kit.box is not None  # or the RPC would not have been registered
     return call.kit.box

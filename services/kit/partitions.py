@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from datetime import date
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.kit.columns import now
-from services.kit.db import Database
+from services.kit.db import ALL, Database, alone
 from services.kit.loops import Loop
 
 _AHEAD, _BEHIND = 2, 2
@@ -38,15 +38,15 @@ async def ensure(db: Database, tables: Mapping[str, str]) -> None:
     for table, column in tables.items():
         for first in months(now().date()):
             name = f"{table}_{first:%Y_%m}"
-            async with db.writing.begin() as connection:
-                if await connection.scalar(_THERE, {"name": name}):
+            async with db.transaction(ALL) as session:
+                if await session.scalar(_THERE, {"name": name}):
                     continue
-                await connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 11))"), {"name": table})
-                if not await connection.scalar(_THERE, {"name": name}):
-                    await _make(connection, table, column, name, first)
+                await alone(session, f"partitions of {table}")
+                if not await session.scalar(_THERE, {"name": name}):
+                    await _make(session, table, column, name, first)
 
 
-async def _make(connection: AsyncConnection, table: str, column: str, name: str, first: date) -> None:
+async def _make(session: AsyncSession, table: str, column: str, name: str, first: date) -> None:
     begins, ends = _bounds(first)
     moved = f"DELETE FROM {table}_default WHERE {column} >= '{begins}' AND {column} < '{ends}' RETURNING *"  # noqa: S608 - our own words
     for statement in (
@@ -57,7 +57,7 @@ async def _make(connection: AsyncConnection, table: str, column: str, name: str,
         f"WITH moved AS ({moved}) INSERT INTO {name} SELECT * FROM moved",  # noqa: S608
         f"ALTER TABLE {table} ATTACH PARTITION {name} FOR VALUES FROM ('{begins}') TO ('{ends}')",
     ):
-        await connection.execute(text(statement))
+        await session.execute(text(statement))
 
 
 def keeper(db: Database, tables: Mapping[str, str]) -> Loop:

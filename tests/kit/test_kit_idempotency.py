@@ -116,14 +116,30 @@ async def test_a_secret_answer_is_sealed_and_kept_ten_minutes(echo: Echo) -> Non
     assert (await echo.call("Mint", "x", who, request_id=str(uuid.uuid4()))).secret != first.secret
 
 
+async def end(echo: Echo, row: IdempotencyKey) -> None:
+    """Lets the time of a stored answer be over."""
+    async with echo.kit.db.transaction(ALL) as session:
+        await session.execute(
+            sa.update(IdempotencyKey).where(IdempotencyKey.key == row.key).values(expires_at=now() - timedelta(seconds=1))
+        )
+
+
+async def test_what_has_ended_counts_no_more_before_it_is_purged(echo: Echo) -> None:
+    name, who, request_id = works(echo), echo.person(), str(uuid.uuid4())
+    first = await echo.call("Write", "x", who, request_id=request_id)
+    await end(echo, (await keys(echo))[0])
+    second = await echo.call("Write", "y", who, request_id=request_id)
+    assert second != first and await notes(echo, name) == 2
+    assert await echo.call("Write", "y", who, request_id=request_id) == second
+
+
 async def test_what_has_ended_is_purged(echo: Echo) -> None:
     name, who = works(echo), echo.person()
     ended, kept = str(uuid.uuid4()), str(uuid.uuid4())
     for request_id in (ended, kept):
         await echo.call("Write", "x", who, request_id=request_id)
     row = (await keys(echo))[1]
-    async with echo.kit.db.transaction(ALL) as session:
-        await session.execute(sa.update(IdempotencyKey).where(IdempotencyKey.key == row.key).values(expires_at=now() - timedelta(seconds=1)))
+    await end(echo, row)
     await purge(echo.kit.db, {IdempotencyKey: timedelta(hours=1)})
     assert row.key in {one.key for one in await keys(echo)}
     await purge(echo.kit.db, {IdempotencyKey: timedelta(0)})

@@ -11,7 +11,7 @@ from services.deployment_svc.payments.models import Payment, PaymentSession
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit.call import Call
 from services.kit.columns import now
-from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound
+from services.kit.errors import Conflict, InvalidArgument, InvalidState
 from services.kit.proto import assign
 
 _ENDED = (state.CLOSED, state.CANCELED, state.EXPIRED)
@@ -19,9 +19,7 @@ _ENDED = (state.CLOSED, state.CANCELED, state.EXPIRED)
 
 async def own(session: AsyncSession, call: Call, deployment_id: str) -> Deployment:
     """The deployment, locked; NotFound when the caller may not know of it."""
-    d = await repository.locked(session, deployment_id)
-    if d is None or (d.deleted_at is not None and not call.caller.is_platform):
-        raise NotFound("deployment")
+    d = repository.visible(await repository.locked(session, deployment_id), call)
     call.audit(d.id, org_id=d.org_id)
     return d
 
@@ -84,7 +82,7 @@ async def set_state(session: AsyncSession, d: Deployment, to: int, message: str)
     if to == state.CLOSING and d.state in state.LIVE:
         return await close(session, d, message)
     if to == state.DEPLOYING and d.state in (state.SUSPENDED, state.FAILED):
-        d.attempts, d.attempting_since, d.tried_providers = 0, None, []
+        state.begin_anew(d)
         d.generation += 1
     repository.move(session, d, to, message)
     d.error_message = message if to in (state.FAILED, state.SUSPENDED) else ""

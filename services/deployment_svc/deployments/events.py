@@ -7,6 +7,7 @@ from sqlalchemy import event, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from services.deployment_svc.deployments import repository
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.kit import ids
 from services.kit.call import Call
@@ -21,33 +22,32 @@ Happened = tuple[DeploymentEvent | None, Deployment]
 @event.listens_for(ScopedSession, "before_flush")
 def _number(session: Session, context: Any, instances: Any) -> None:
     """Gives new events their ids under a lock that lasts until the commit: a watcher that has seen one has seen all before it."""
+    last: dict[str, str] = {}
     for row in session.new:
-        if isinstance(row, DeploymentEvent) and row.id is None:
+        if not isinstance(row, DeploymentEvent):
+            continue
+        if row.org_id not in last:
             with session.no_autoflush:
                 alone_sync(session, f"events of {row.org_id}")
-                newest = _of(row.org_id).order_by(DeploymentEvent.id.desc()).limit(1)
-                last = session.scalar(newest)
-            pending = [one.id for one in session.new if isinstance(one, DeploymentEvent) and one.org_id == row.org_id and one.id]
-            row.id = ids.new_after("devt", max([*pending, last or ""]))
+                last[row.org_id] = session.scalar(_newest(row.org_id)) or ""
+        row.id = last[row.org_id] = ids.new_after("devt", last[row.org_id])
 
 
-def _of(org_id: str) -> Any:
-    return select(DeploymentEvent.id).where(DeploymentEvent.org_id == org_id)
+def _newest(org_id: str) -> Any:
+    return select(DeploymentEvent.id).where(DeploymentEvent.org_id == org_id).order_by(DeploymentEvent.id.desc()).limit(1)
 
 
 async def watch(call: Call, poll_s: float, *, deployment_id: str = "", after: str = "") -> AsyncIterator[Happened]:
     """What happens to a deployment, or to all of the organization, after an event; NotFound when it is none of the caller's."""
     async with call.read() as session:
         d = await session.get(Deployment, deployment_id) if deployment_id else None
-        if deployment_id and (d is None or (d.deleted_at is not None and not call.caller.is_platform)):
-            raise NotFound("deployment")
-        org_id = d.org_id if d is not None else call.org_id
+        org_id = repository.visible(d, call).org_id if deployment_id else call.org_id
         if after:
-            known = _of(org_id).where(DeploymentEvent.id == after)
-            if await session.scalar(known) is None:
+            known = await session.get(DeploymentEvent, after)
+            if known is None or known.org_id != org_id:
                 raise NotFound("deployment event")
         else:
-            after = await session.scalar(_of(org_id).order_by(DeploymentEvent.id.desc()).limit(1)) or ids.lowest("devt")
+            after = await session.scalar(_newest(org_id)) or ids.lowest("devt")
             if d is not None:
                 await session.refresh(d)
     if d is not None:

@@ -19,7 +19,7 @@ Where = tuple[ColumnElement[bool], ...]
 
 
 class Reaper:
-    """Ticks of the loop that looks for them; each is written down as an event, so that it does not happen in silence."""
+    """Ticks of the loop that looks for them. None happens in silence: an end is an event of the deployment, a waking stands in the log."""
 
     def __init__(self, db: Database, settings: DeploymentSettings) -> None:
         self.db, self.settings = db, settings

@@ -8,10 +8,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
-from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS
+from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS, begin_anew
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import alone
-from services.kit.errors import InvalidState
+from services.kit.errors import InvalidState, NotFound
 
 log = structlog.get_logger()
 
@@ -19,6 +20,13 @@ log = structlog.get_logger()
 async def locked(session: AsyncSession, deployment_id: str) -> Deployment | None:
     """The row, locked until the transaction ends, as it is now."""
     return await session.get(Deployment, deployment_id, with_for_update=True, populate_existing=True)
+
+
+def visible(d: Deployment | None, call: Call) -> Deployment:
+    """The deployment, if the caller may know of it: a deleted one is there for services and operators only. NotFound otherwise."""
+    if d is None or (d.deleted_at is not None and not call.caller.is_platform):
+        raise NotFound("deployment")
+    return d
 
 
 async def lock_organization(session: AsyncSession, org_id: str) -> None:
@@ -60,7 +68,7 @@ def restart(session: AsyncSession, d: Deployment, why: str) -> None:
     """Another wish for what runs, or is being brought up: the old start is undone, and the next one follows the row as it is then."""
     d.generation += 1
     d.undoing = d.undoing or d.order_intended
-    d.attempts, d.attempting_since, d.tried_providers = 0, None, []
+    begin_anew(d)
     if d.state == DEPLOYING:
         d.due_at = now()
         note(session, d, "restart", why)

@@ -12,7 +12,7 @@ from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.payments.links import Links
 from services.kit.call import Call
-from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound
+from services.kit.errors import Conflict, InvalidArgument, InvalidState
 from services.kit.proto import to_proto
 from services.kit.standard import list_page
 
@@ -43,17 +43,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
     def __init__(self, creator: Creator, links: Links, wake: Callable[[], None]) -> None:
         self.creator, self.links, self.wake = creator, links, wake
 
-    async def CreateDeployment(
-        self, request: deployment_service_pb2.CreateDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def CreateDeployment(self, request: deployment_service_pb2.CreateDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         return to_message(await self.creator.create(request, call))
 
     async def GetDeployment(self, request: deployment_service_pb2.GetDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async with call.read() as session:
             d = await session.get(Deployment, request.id)
-        if d is None or (d.deleted_at is not None and not call.caller.is_platform):
-            raise NotFound("deployment")
-        return to_message(d)
+        return to_message(repository.visible(d, call))
 
     async def ListDeployments(
         self, request: deployment_service_pb2.ListDeploymentsRequest, call: Call
@@ -68,9 +64,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         answer = deployment_service_pb2.ListDeploymentsResponse
         return await list_page(call, request, answer, statement, Deployment.id, to_message)
 
-    async def RetryDeployment(
-        self, request: deployment_service_pb2.RetryDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def RetryDeployment(self, request: deployment_service_pb2.RetryDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async def work(session: AsyncSession) -> Deployment:
             d = await change.own(session, call, request.id)
             if d.state != state.FAILED or d.payment_id is None:
@@ -82,17 +76,13 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
 
         return await self._changed(call, work)
 
-    async def CloseDeployment(
-        self, request: deployment_service_pb2.CloseDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def CloseDeployment(self, request: deployment_service_pb2.CloseDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async def end(session: AsyncSession, d: Deployment) -> None:
             await close(session, d, "closed by the owner")
 
         return await self._end(request.id, call, end)
 
-    async def CancelDeployment(
-        self, request: deployment_service_pb2.CancelDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def CancelDeployment(self, request: deployment_service_pb2.CancelDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         return await self._end(request.id, call, change.cancel)
 
     async def _end(
@@ -101,8 +91,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         """Closes the payment page first, outside any transaction."""
         async with call.read() as session:
             d = await session.get(Deployment, deployment_id)
-        if d is None or (d.deleted_at is not None and not call.caller.is_platform):
-            raise NotFound("deployment")
+        d = repository.visible(d, call)
         if d.state == state.PENDING:
             d = await self.links.close(d.id)
             if d.state == state.DEPLOYING:
@@ -120,14 +109,10 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
 
         return await self._changed(call, work)
 
-    async def UpdateDeployment(
-        self, request: deployment_service_pb2.UpdateDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def UpdateDeployment(self, request: deployment_service_pb2.UpdateDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         return await self._changed(call, lambda session: change.update(session, call, request, self.creator.settings))
 
-    async def DeleteDeployment(
-        self, request: deployment_service_pb2.DeleteDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def DeleteDeployment(self, request: deployment_service_pb2.DeleteDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async def work(session: AsyncSession) -> Deployment:
             d = await change.own(session, call, request.id)
             await change.delete(session, d)
@@ -160,14 +145,10 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         self.wake()
         return to_message(d)
 
-    async def LookupDeployment(
-        self, request: deployment_service_pb2.LookupDeploymentRequest, call: Call
-    ) -> deployment_pb2.Deployment:
+    async def LookupDeployment(self, request: deployment_service_pb2.LookupDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async with call.read() as session:
             d = await change.look_up(session, request)
-        if d is None:
-            raise NotFound("deployment")
-        return to_message(d)
+        return to_message(repository.visible(d, call))
 
     async def FindPendingDuplicate(
         self, request: deployment_service_pb2.FindPendingDuplicateRequest, call: Call
@@ -176,9 +157,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         print_ = secrets.fingerprint(self.creator.box, call.caller.user_id, request.model, request.channel, request.channel_token)
         async with call.read() as session:
             d = await repository.pending_wish(session, print_)
-        if d is None:
-            raise NotFound("deployment")
-        return to_message(d)
+        return to_message(repository.visible(d, call))
 
     async def WatchDeployment(
         self, request: deployment_service_pb2.WatchDeploymentRequest, call: Call
@@ -197,9 +176,7 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         self, request: deployment_service_pb2.ListDeploymentEventsRequest, call: Call
     ) -> deployment_service_pb2.ListDeploymentEventsResponse:
         async with call.read() as session:
-            d = await session.get(Deployment, request.deployment_id)
-            if d is None or (d.deleted_at is not None and not call.caller.is_platform):
-                raise NotFound("deployment")
+            repository.visible(await session.get(Deployment, request.deployment_id), call)
         statement = select(DeploymentEvent).where(DeploymentEvent.deployment_id == request.deployment_id)
         answer = deployment_service_pb2.ListDeploymentEventsResponse
         return await list_page(call, request, answer, statement, DeploymentEvent.id, to_event, descending=False)

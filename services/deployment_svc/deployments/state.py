@@ -92,6 +92,11 @@ def backoff(failures: int, s: DeploymentSettings) -> float:
     return float(min(s.backoff_max_s, s.backoff_s * 2 ** min(30, max(0, failures - 1))))
 
 
+def begin_anew(d: Deployment) -> None:
+    """Attempts count from here: what failed before was about another start."""
+    d.attempts, d.attempting_since, d.tried_providers = 0, None, []
+
+
 def forget_order(d: Deployment) -> None:
     """Clears what was known of an order that is closed now."""
     d.order_intended, d.undoing = False, False

@@ -146,7 +146,7 @@ class Steps:
             return
         row.observed_generation = row.generation
         row.provider_url, row.error_message = seen.url, ""
-        row.attempts, row.attempting_since, row.tried_providers = 0, None, []
+        state.begin_anew(row)
         row.activated_at = row.activated_at or now()
         row.manifest_sealed = None
         # Which start runs is the bot's word: a call whose answer was lost may have begun an earlier one.

@@ -1,13 +1,12 @@
 """Closes what deleted organizations run, also when they were deleted while this service was down."""
 
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 
 import grpc
 import structlog
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from clawplane.user.v1 import change_service_pb2
 from clawplane.user.v1.change_service_pb2 import ChangeKind
 from services.deployment_svc.deployments import repository, state
 from services.deployment_svc.deployments.close import close
@@ -37,7 +36,7 @@ class OrganizationReconciler:
             await self._read_anew()
             return True
         try:
-            async for message in self._watch(cursor.seq):
+            async for message in self.users.watch(cursor.seq):
                 if message.HasField("change"):
                     if message.change.kind == ChangeKind.CHANGE_KIND_ORGANIZATION_DELETED:
                         await self._close_all(message.change.org_id)
@@ -52,7 +51,7 @@ class OrganizationReconciler:
     async def _read_anew(self) -> None:
         """Looks at every organization that runs something, after noting from where to follow."""
         seq = 0
-        async for message in self._watch(-1):
+        async for message in self.users.watch(-1):
             seq = message.seq
             break
         async with self.db.read(ALL) as session:
@@ -63,9 +62,6 @@ class OrganizationReconciler:
             except NotFound:
                 await self._close_all(org_id)
         await self._remember(seq)
-
-    def _watch(self, seq: int) -> AsyncIterable[change_service_pb2.WatchChangesResponse]:
-        return self.users.watch(seq)
 
     async def _close_all(self, org_id: str) -> None:
         async with self.db.read(org_id) as session:

@@ -44,7 +44,8 @@ def _settle(session: AsyncSession, d: Deployment, payment: Payment, refund_check
         if payment.provider in ("stripe", "sandbox"):
             d.stripe_session_id, d.stripe_payment_intent_id = payment.session_id or d.stripe_session_id, payment.external_id
         payment.due_at = now() + timedelta(seconds=refund_check_s)
-        d.error_message, d.attempts, d.attempting_since = "", 0, None
+        d.error_message = ""
+        state.begin_anew(d)
     if outcome.to is not None:
         if outcome.to == state.CLOSING:
             payment.due_at = None
@@ -94,9 +95,7 @@ async def _find(session: AsyncSession, event: PaymentEvent) -> tuple[PaymentSess
     elif event.session_id:
         link = await _adopt_page(session, d, event)
     if payment_key:
-        payment = await session.scalar(
-            select(Payment).where(*_is_payment(event, payment_key)).execution_options(populate_existing=True)
-        )
+        payment = await session.scalar(select(Payment).where(*_is_payment(event, payment_key)).execution_options(populate_existing=True))
     if payment is not None and payment.deployment_id != d.id:
         raise NotOurs("the payment belongs to another deployment")
     return link, payment, d

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.kit.auth import CLERK
@@ -14,20 +14,12 @@ UserRow = tuple[User, Organization]
 """A user and the personal organization, which holds tier and subscription status."""
 
 
-def living() -> Select[User, Organization]:
-    """Users that are not deleted, each with the personal organization."""
-    return with_organization().where(User.deleted_at.is_(None))
-
-
-def with_organization() -> Select[User, Organization]:
-    """All users, each with the personal organization."""
-    return select(User, Organization).join(Organization, Organization.id == User.personal_org_id)
-
-
 async def find(session: AsyncSession, *, with_deleted: bool = False, **columns: Any) -> UserRow | None:
     """The user whose columns have exactly these values."""
-    statement = with_organization() if with_deleted else living()
+    statement = select(User, Organization).join(Organization, Organization.id == User.personal_org_id)
     statement = statement.where(*(getattr(User, name) == value for name, value in columns.items()))
+    if not with_deleted:
+        statement = statement.where(User.deleted_at.is_(None))
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1]) if row else None
 
