@@ -16,6 +16,7 @@ from services.deployment_svc.base import AuditEvent, IdempotencyKey, SecretCanar
 from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.service import BlacklistService
 from services.deployment_svc.claw_keys import repository as claw_keys
+from services.deployment_svc.deployments import repository as deployments
 from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
@@ -33,13 +34,13 @@ from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
-from services.deployment_svc.users import PERMISSIONS, Users, access_changed, access_tags, entitlements_changed
+from services.deployment_svc.users import PERMISSIONS, Users, entitlements_changed
 from services.deployment_svc.webhooks.service import WebhookService
 from services.kit import clients, partitions, purge, vault
 from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
 from services.kit.db import Database
-from services.kit.feed import Follower, Remembered
+from services.kit.feed import Follower, Remembered, remembered_access
 from services.kit.loops import Loop
 from services.kit.server import App
 
@@ -56,7 +57,7 @@ def create_app(settings: DeploymentSettings) -> App:
     to_users = clients.channel(settings.user_target)
     users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
     follower = Follower(users.watch)
-    access = Remembered(follower, users.access, access_changed, access_tags)
+    access = remembered_access(follower, users.access)
     entitlements = Remembered(follower, users.entitlements, entitlements_changed)
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)
@@ -75,14 +76,14 @@ def create_app(settings: DeploymentSettings) -> App:
         services=[
             (
                 deployment_service_pb2_grpc.add_DeploymentServiceServicer_to_server,
-                DeploymentService(Creator(settings, box, links, entitlements), links, provisioning.wake),
+                DeploymentService(Creator(settings, box, links, entitlements), links, deployments.loader(db), provisioning.wake),
             ),
             (payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, PaymentService(settings, provisioning.wake)),
             (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(settings, provisioning.wake)),
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
             (
                 usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-                UsageService(settings, PriceBook.load(settings.prices_file)),
+                UsageService(db, settings, PriceBook.load(settings.prices_file)),
             ),
             *(add_sandbox if settings.sandbox_enabled else []),
         ],

@@ -12,7 +12,7 @@ from clawplane.user.v1 import (
     entitlement_service_pb2,
     entitlement_service_pb2_grpc,
 )
-from clawplane.user.v1.change_service_pb2 import Change, ChangeKind
+from clawplane.user.v1.change_service_pb2 import Change
 from services.kit.auth import Access
 from services.kit.errors import NotFound, Unavailable
 
@@ -55,19 +55,6 @@ class Users:
             if error.code() == grpc.StatusCode.NOT_FOUND:
                 raise NotFound("organization") from None
             raise Unavailable("the user service does not answer") from error
-
-
-def access_changed(change: Change) -> list[str]:
-    """Whose access a change concerns."""
-    concerned = (
-        ChangeKind.CHANGE_KIND_USER_ACCESS, ChangeKind.CHANGE_KIND_USER_DELETED, ChangeKind.CHANGE_KIND_MEMBERSHIP,
-    )  # fmt: skip
-    return [change.subject] if change.kind in concerned else [change.org_id]
-
-
-def access_tags(access: Access | None) -> list[str]:
-    """Whom an answer is about, also where it was asked for in other words."""
-    return [access.user_id, access.org_id] if access is not None else []
 
 
 def entitlements_changed(change: Change) -> list[str]:

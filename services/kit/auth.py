@@ -72,6 +72,20 @@ class Access:
     email: str = ""
 
 
+class _Token:
+    """A token whose signature was checked, and the caller that it made last."""
+
+    __slots__ = ("access", "caller", "good_until", "granted", "org", "user")
+
+    def __init__(self, claims: Mapping[str, object], user: str, granted: frozenset[str]) -> None:
+        self.user, self.granted = user, granted
+        self.org = str(claims.get("org", "")) if not user.startswith(CLERK) else ""
+        self.good_until = min(float(claims["exp"]), time.time() + _CACHE_S)  # type: ignore[arg-type]
+        self.access: Access | None = None
+        self.caller = Caller("service", f"service:{claims['sub']}", granted)
+        """Of a service, until a person's access is known."""
+
+
 AccessResolver = Callable[[str, str], Awaitable[Access | None]]
 """(user id, or "clerk:" and the id at Clerk; organization id or "") -> Access, or None when there is no such active user or membership."""
 KeyResolver = Callable[[str], Awaitable[Caller | None]]
@@ -94,70 +108,63 @@ class Authenticator:
         }
         self._operator = self.settings.operator_token.get_secret_value().encode()
         self._clerk = ClerkVerifier(self.settings) if self.settings.clerk_issuer else None
-        self._checked: dict[str, tuple[float, dict[str, object]]] = {}
+        self._checked: dict[str, _Token] = {}
 
-    async def caller(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
+    async def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
         """The caller of a call; Unauthenticated when a credential is missing or does not hold."""
-        values = dict(metadata)
-        header, wanted_org = values.get("authorization", ""), values.get("clawplane-org", "")
+        header, wanted_org = metadata.get("authorization", ""), metadata.get("clawplane-org", "")
         if not isinstance(header, str) or not isinstance(wanted_org, str):
             raise Unauthenticated()
         if wanted_org and not _is_id(wanted_org, "org"):
             wanted_org = NOBODY
-        scheme, _, token = header.partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise Unauthenticated()
-        caller = await self._from_token(token.strip(), wanted_org)
+        token = self._checked.get(header)
+        if token is None or token.good_until < time.time():
+            found = await self._check(header)
+            if isinstance(found, Caller):
+                return self._in(found, wanted_org)
+            token = found
+        if not token.user:
+            return self._in(token.caller, wanted_org)
+        access = await self.resolve_access(token.user, token.org or wanted_org)
+        if access is None:
+            # A named organization that is not the user's looks like one that does not exist.
+            raise NotFound("organization") if wanted_org and not token.org else Unauthenticated()
+        # The very same answer makes the very same caller.
+        if access is not token.access:
+            allowed = access.permissions if EVERYTHING in token.granted else access.permissions & token.granted
+            token.caller = Caller("user", access.user_id, allowed, access.org_id, access.user_id, access.email)
+            token.access = access
+        return self._in(token.caller, wanted_org)
+
+    def _in(self, caller: Caller, wanted_org: str) -> Caller:
         if wanted_org and caller.org_id != wanted_org:
             raise NotFound("organization")
         return caller
 
-    async def _from_token(self, token: str, wanted_org: str) -> Caller:
-        resolver = self.key_resolvers.get(token.partition("_")[0])
+    async def _check(self, header: str) -> "Caller | _Token":
+        """What a credential is that was not seen before, or that is no token."""
+        scheme, _, text = header.partition(" ")
+        text = text.strip()
+        if scheme.lower() != "bearer" or not text:
+            raise Unauthenticated()
+        resolver = self.key_resolvers.get(text.partition("_")[0])
         if resolver is not None:
-            caller = await resolver(token)
+            caller = await resolver(text)
             if caller is None:
                 raise Unauthenticated()
             return caller
-        if self._operator and hmac.compare_digest(token.encode(), self._operator):
+        if self._operator and hmac.compare_digest(text.encode(), self._operator):
             return Caller("operator", "operator", frozenset({EVERYTHING}))
-        if self._clerk is not None and self._clerk.is_for(token):
-            return await self._from_clerk(token, wanted_org)
-        claims = self._claims(token)
-        granted = frozenset(str(item) for item in claims["permissions"])  # type: ignore[attr-defined]
-        user_id = str(claims.get("user", ""))
-        if not user_id:
-            return Caller("service", f"service:{claims['sub']}", granted)
-        own_org = str(claims.get("org", ""))
-        access = await self.resolve_access(user_id, own_org or wanted_org)
-        if access is None:
-            # A named organization that is not the user's looks like one that does not exist.
-            raise NotFound("organization") if wanted_org and not own_org else Unauthenticated()
-        allowed = access.permissions if EVERYTHING in granted else access.permissions & granted
-        return Caller("user", user_id, allowed, access.org_id, user_id, access.email)
-
-    async def _from_clerk(self, token: str, wanted_org: str) -> Caller:
-        assert self._clerk is not None
-        claims = self._known(token)
-        if claims is None:
-            claims = self._remember(token, await self._clerk.claims(token))
-        access = await self.resolve_access(f"{CLERK}{claims['sub']}", wanted_org)
-        if access is None:
-            raise NotFound("organization") if wanted_org else Unauthenticated()
-        return Caller("user", access.user_id, access.permissions, access.org_id, access.user_id, access.email)
-
-    def _claims(self, token: str) -> dict[str, object]:
-        return self._known(token) or self._remember(token, self._verify(token))
-
-    def _known(self, token: str) -> dict[str, object] | None:
-        cached = self._checked.get(token)
-        return cached[1] if cached is not None and cached[0] > time.time() else None
-
-    def _remember(self, token: str, claims: dict[str, object]) -> dict[str, object]:
+        if self._clerk is not None and self._clerk.is_for(text):
+            claims = await self._clerk.claims(text)
+            token = _Token(claims, f"{CLERK}{claims['sub']}", frozenset({EVERYTHING}))
+        else:
+            claims = self._verify(text)
+            token = _Token(claims, str(claims.get("user", "")), frozenset(str(item) for item in claims["permissions"]))  # type: ignore[attr-defined]
         if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
-        self._checked[token] = (min(float(claims["exp"]), time.time() + _CACHE_S), claims)  # type: ignore[arg-type]
-        return claims
+        self._checked[header] = token
+        return token
 
     def _verify(self, token: str) -> dict[str, object]:
         try:

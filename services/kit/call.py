@@ -7,18 +7,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor, MethodDescriptor
+from buf.validate import validate_pb2
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from limits import RateLimitItem, parse
-from limits.storage import MemoryStorage
-from limits.strategies import FixedWindowRateLimiter
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
 from services.kit import errors, ids, telemetry
 from services.kit.auth import Authenticator, Caller
-from services.kit.db import Database
+from services.kit.db import ALL, Database
+from services.kit.limits import RateLimit
 from services.kit.secrets import SecretBox
 from services.kit.settings import KitSettings
 
@@ -40,26 +39,15 @@ class Kit:
     """The service's own IdempotencyKey; without one, request ids are refused at start."""
     box: SecretBox | None = None
     in_flight: int = 0
+    """Unary calls being handled."""
     taken_in: int = 0
     """Unary calls so far."""
     draining: bool = False
     streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.limiter = FixedWindowRateLimiter(MemoryStorage())
-        self.limit: RateLimitItem = parse(self.settings.rate_limit)
-        self._gauge = telemetry.IN_FLIGHT.labels(self.name)
-
-    def enter(self) -> None:
-        """A unary call begins."""
-        self.in_flight += 1
-        self.taken_in += 1
-        self._gauge.set(self.in_flight)
-
-    def leave(self) -> None:
-        """A unary call ends."""
-        self.in_flight -= 1
-        self._gauge.set(self.in_flight)
+        self.limit = RateLimit(self.settings.rate_limit)
+        telemetry.IN_FLIGHT.labels(self.name).set_function(lambda: self.in_flight)
 
 
 @dataclass(frozen=True)
@@ -78,6 +66,8 @@ class Plan:
     takes_request_id: bool
     answer_is_secret: bool
     """Whether a field of the answer is marked ``debug_redact``."""
+    has_rules: bool
+    """Whether anything in the request is bound by a rule of protovalidate."""
 
     @classmethod
     def of(cls, descriptor: MethodDescriptor) -> "Plan":
@@ -92,17 +82,26 @@ class Plan:
         return cls(
             f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited,
             descriptor.input_type, GetMessageClass(descriptor.output_type),
-            not is_read and "request_id" in descriptor.input_type.fields_by_name, _has_secret(descriptor.output_type, set()),
+            not is_read and "request_id" in descriptor.input_type.fields_by_name,
+            _any_field(descriptor.output_type, lambda field: field.GetOptions().debug_redact, set()),
+            _any_field(descriptor.input_type, _has_rule, set()),
         )  # fmt: skip
 
 
-def _has_secret(message: Descriptor, seen: set[str]) -> bool:
+def _any_field(message: Descriptor, holds: Callable[[FieldDescriptor], bool], seen: set[str]) -> bool:
+    """Whether something holds for a field of the message, or of the messages in it."""
     if message.full_name in seen:
         return False
     seen.add(message.full_name)
-    return any(
-        field.GetOptions().debug_redact or (field.message_type is not None and _has_secret(field.message_type, seen))
-        for field in message.fields
+    return any(holds(field) or (field.message_type is not None and _any_field(field.message_type, holds, seen)) for field in message.fields)
+
+
+def _has_rule(field: FieldDescriptor) -> bool:
+    message, oneof = field.containing_type, field.containing_oneof
+    return (
+        field.GetOptions().HasExtension(validate_pb2.field)
+        or (message is not None and message.GetOptions().HasExtension(validate_pb2.message))
+        or (oneof is not None and oneof.GetOptions().HasExtension(validate_pb2.oneof))
     )
 
 
@@ -143,6 +142,10 @@ class Call:
             self._write_along(session)
         self._done()
 
+    def sees(self, org_id: str) -> bool:
+        """Whether the caller's tenant is this organization, or all of them. For rows that no session has filtered."""
+        return self.caller.tenant in (ALL, org_id)
+
     def permit(self) -> None:
         """PermissionDenied when the caller lacks what the RPC asks for."""
         if self.plan.audience == options_pb2.AUDIENCE_PLATFORM and not self.caller.is_platform:
@@ -157,7 +160,7 @@ class Call:
             yield
             await asyncio.sleep(every_s)
             if time.monotonic() - checked >= _RECHECK_S:
-                caller = await self.kit.authenticator.caller(self.context.invocation_metadata() or ())
+                caller = await self.kit.authenticator.caller(dict(self.context.invocation_metadata() or ()))
                 if caller.tenant != self.caller.tenant:
                     raise errors.Unauthenticated()
                 self.caller, checked = caller, time.monotonic()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+import orjson
 import structlog
 from sqlalchemy import event, func, select, text
 from sqlalchemy import exc as sa
@@ -78,10 +79,11 @@ class Database:
 
     def _engine(self) -> AsyncEngine:
         s = self.settings
+        json: dict[str, Any] = {"json_serializer": lambda value: orjson.dumps(value).decode(), "json_deserializer": orjson.loads}
         if self.is_sqlite:
             engine = create_async_engine(
                 self.url, pool_size=s.pool_size, max_overflow=s.max_overflow, pool_timeout=s.pool_timeout_s,
-                connect_args={"timeout": s.lock_timeout_s}, hide_parameters=True,
+                connect_args={"timeout": s.lock_timeout_s}, hide_parameters=True, **json,
             )  # fmt: skip
             event.listen(engine.sync_engine, "connect", _sqlite_connect)
             event.listen(engine.sync_engine, "begin", _sqlite_begin)
@@ -94,7 +96,7 @@ class Database:
             }
             engine = create_async_engine(
                 self.url, isolation_level="AUTOCOMMIT", pool_size=s.pool_size, max_overflow=s.max_overflow,
-                pool_timeout=s.pool_timeout_s, connect_args={"server_settings": limits}, hide_parameters=True,
+                pool_timeout=s.pool_timeout_s, connect_args={"server_settings": limits}, hide_parameters=True, **json,
             )  # fmt: skip
         event.listen(engine.sync_engine, "before_cursor_execute", _start_timer)
         event.listen(engine.sync_engine, "after_cursor_execute", self._report_slow)

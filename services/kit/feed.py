@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import grpc
 import structlog
 
+from services.kit.auth import Access, AccessResolver
+
 log = structlog.get_logger()
 V = TypeVar("V")
 
@@ -115,3 +117,18 @@ class Remembered(Generic[V]):
         self._generation += 1
         self._known.clear()
         self._tagged.clear()
+
+
+def remembered_access(follower: Follower, resolve: AccessResolver) -> AccessResolver:
+    """A resolver that asks the other one only for what it does not know."""
+    return Remembered(follower, resolve, _whose_access, _about)
+
+
+def _whose_access(change: Any) -> list[str]:
+    # More than a change may concern: what is dropped in vain is only read again.
+    return [change.subject, change.org_id]
+
+
+def _about(access: Access | None) -> list[str]:
+    # Also where it was asked for in other words: the id at Clerk, or no organization.
+    return [access.user_id, access.org_id] if access is not None else []

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from sqlalchemy import LargeBinary, String, Text, delete, update
 from sqlalchemy.orm import Mapped, mapped_column
 
-from services.kit.call import Call, Plan
+from services.kit.call import Call
 from services.kit.columns import Timestamps, UtcDateTime, now
 from services.kit.db import ALL
 from services.kit.errors import Conflict, InvalidArgument
@@ -37,11 +37,6 @@ class IdempotencyKeyRow(Timestamps):
     answer_sealed: Mapped[str | None] = mapped_column(Text)
     """An answer that holds a secret."""
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
-
-
-def applies(plan: Plan, request: Any) -> bool:
-    """Whether a call carries a request id."""
-    return plan.takes_request_id and bool(getattr(request, FIELD))
 
 
 async def once(call: Call, request: Message, handler: Any) -> Message:

@@ -30,6 +30,7 @@ PREFIXES = {
 NO_ORG = "org_" + "0" * 32
 """Stands in audit rows for calls that concern no single organization."""
 
+_HEX = re.compile("[0-9a-f]{32}")
 _lock = threading.Lock()
 _last = 0
 
@@ -75,6 +76,6 @@ def to_uuid(identifier: str, prefix: str) -> uuid.UUID:
     """The UUID inside an identifier; ValueError when it is of another kind or malformed."""
     head, _, tail = identifier.partition("_")
     # UUID() alone takes other spellings too, which would make several texts of one identifier.
-    if head != prefix or not re.fullmatch("[0-9a-f]{32}", tail):
+    if head != prefix or not _HEX.fullmatch(tail):
         raise ValueError(f"an identifier of the form {prefix}_<32 hexadecimal digits> is needed")
     return uuid.UUID(hex=tail)

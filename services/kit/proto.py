@@ -11,36 +11,54 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from sqlalchemy import inspect
 
 from services.kit.errors import InvalidArgument
 
 M = TypeVar("M", bound=Message)
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER}
 
 
 def to_proto(row: Any, kind: type[M]) -> M:
-    """A message with every field that the row has under the same name; ``etag`` from the row's version."""
-    message = kind()
-    for field in kind.DESCRIPTOR.fields:
-        # An attribute may carry an underscore where its own name means something else on a model (metadata).
-        value = getattr(row, f"{field.name}_", None) if hasattr(row, f"{field.name}_") else getattr(row, field.name, None)
-        if value is None:
+    """A message with every field that the row's class has under the same name; ``etag`` from the row's version."""
+    values: dict[str, Any] = {}
+    for name, attribute, keeps_empty in _shared(type(row), kind):  # type: ignore[arg-type]  # classes are hashable
+        value = getattr(row, attribute)
+        if value is None or not (value or keeps_empty):
             continue
         if isinstance(value, datetime):
-            getattr(message, field.name).FromDatetime(value)
+            value = _timestamp(value)
         elif isinstance(value, Decimal):
-            setattr(message, field.name, format(value, "f"))
-        elif isinstance(value, dict):
-            getattr(message, field.name).update(value)
-        elif isinstance(value, list | tuple):
-            getattr(message, field.name).extend(value)
-        else:
-            setattr(message, field.name, value)
-    version = getattr(row, "version", None)
-    if version is not None and "etag" in kind.DESCRIPTOR.fields_by_name:
-        message.etag = str(version)  # type: ignore[attr-defined]
-    return message
+            value = format(value, "f")
+        values[name] = value
+    if "etag" in kind.DESCRIPTOR.fields_by_name and (version := getattr(row, "version", None)) is not None:
+        values["etag"] = str(version)
+    return kind(**values)
+
+
+def columns_for(model: Any, kind: type[Message], *more: str) -> list[Any]:
+    """The columns of a model that a message shows, its version, and ``more`` of them; no secret is even read."""
+    wanted = {*kind.DESCRIPTOR.fields_by_name, "version", *more}
+    return [column for column in inspect(model).columns if column.key in wanted]
+
+
+@cache
+def _shared(row: Any, kind: Any) -> tuple[tuple[str, str, bool], ...]:
+    """(field, attribute, whether it says something when it is empty) for what a class of rows and a message have in common."""
+    shared = []
+    for field in kind.DESCRIPTOR.fields:
+        # An attribute may carry an underscore where its own name means something else on a model (metadata).
+        attribute = next((name for name in (f"{field.name}_", field.name) if hasattr(row, name)), None)
+        if attribute is not None:
+            shared.append((field.name, attribute, field.has_presence and field.message_type is None))
+    return tuple(shared)
+
+
+def _timestamp(value: datetime) -> timestamp_pb2.Timestamp:
+    since = value - _EPOCH
+    return timestamp_pb2.Timestamp(seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def assign(row: Any, message: Message, mask: FieldMask | None = None) -> list[str]:

@@ -1,9 +1,10 @@
 """The one wrapper around every RPC. ``_guard`` shows the order of everything that happens to a call."""
 
 import asyncio
+import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import count
@@ -25,6 +26,7 @@ from services.kit.call import Call, Kit, Plan
 log = structlog.get_logger()
 _PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Metadata: TypeAlias = "Mapping[str, str | bytes]"
 
 
 class Registrar:
@@ -78,22 +80,20 @@ def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     raise ValueError(f"{plan.method}: streams of requests are not supported; take a repeated field")
 
 
-async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, request_id: str) -> Call:
+async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, metadata: Metadata, request_id: str) -> Call:
     """Everything that must hold before a handler runs, in order."""
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
     public = plan.audience == options_pb2.AUDIENCE_PUBLIC
-    caller = PUBLIC if public else await kit.authenticator.caller(context.invocation_metadata() or ())
+    caller = PUBLIC if public else await kit.authenticator.caller(metadata)
     call = Call(kit, plan, caller, request_id, context)
     if not public:
         call.permit()
-        if not caller.is_platform and not kit.limiter.hit(kit.limit, caller.subject):
-            window = kit.limiter.get_window_stats(kit.limit, caller.subject)
-            raise errors.Exhausted("too many calls", retry_after_s=max(0.1, window.reset_time - time.time()))
+        if not caller.is_platform and (wait_s := kit.limit.hit(caller.subject)):
+            raise errors.Exhausted("too many calls", retry_after_s=max(0.1, wait_s))
     if isinstance(request, _Malformed):
         raise errors.InvalidArgument(request.field, request.problem)
-    violations = protovalidate.collect_violations(request)
-    if violations:
+    if plan.has_rules and (violations := protovalidate.collect_violations(request)):
         raise errors.InvalidFields([violation(item) for item in violations])
     return call
 
@@ -113,47 +113,58 @@ def violation(found: Any) -> errors.Violation:
 
 
 def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
+    meter = telemetry.meter(plan.method)
+
     async def unary(request: Message, context: Any) -> Any:
         started = time.perf_counter()
-        request_id = _request_id(context)
-        kit.enter()
+        # gRPC makes it anew at each asking.
+        metadata = dict(context.invocation_metadata() or ())
+        request_id = _request_id(metadata)
+        kit.in_flight += 1
+        kit.taken_in += 1
         failure: errors.Error | None = None
         caller: Caller | None = None
         try:
-            call = await _guard(kit, plan, request, context, request_id)
+            call = await _guard(kit, plan, request, context, metadata, request_id)
             caller = call.caller
-            repeatable = idempotency.applies(plan, request)
+            repeatable = plan.takes_request_id and request.request_id  # type: ignore[attr-defined]
             response = await (idempotency.once(call, request, handler) if repeatable else handler(request, call))
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
-            _report(kit, plan, "CANCELLED", started, request_id, caller)
+            _report(meter, plan, "CANCELLED", started, request_id, caller)
             raise
         except Exception as error:
             failure = _failure(error, plan, request_id)
         finally:
-            kit.leave()
+            kit.in_flight -= 1
         if failure is not None:
-            _report(kit, plan, failure.code.name, started, request_id, caller)
+            _report(meter, plan, failure.code.name, started, request_id, caller)
             await _abort(context, failure, request_id)
-        _report(kit, plan, "OK", started, request_id, caller)
-        context.set_trailing_metadata((("x-request-id", request_id),))
+        _report(meter, plan, "OK", started, request_id, caller)
+        if not plan.is_read:
+            # A read that went well leaves nothing behind that the id would name.
+            context.set_trailing_metadata((("x-request-id", request_id),))
         return response
 
     return unary
 
 
 def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
+    meter = telemetry.meter(plan.method)
+
     async def stream(request: Message, context: Any) -> AsyncIterator[Any]:
         started = time.perf_counter()
-        request_id = _request_id(context)
+        # gRPC makes it anew at each asking.
+        metadata = dict(context.invocation_metadata() or ())
+        request_id = _request_id(metadata)
         failure: errors.Error | None = None
         caller: Caller | None = None
         task = asyncio.current_task()
         assert task is not None
         kit.streams.add(task)
         try:
-            call = await _guard(kit, plan, request, context, request_id)
+            call = await _guard(kit, plan, request, context, metadata, request_id)
             caller = call.caller
             async with aclosing(handler(request, call)) as messages:
                 async for message in messages:
@@ -162,7 +173,7 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
             raise
         except asyncio.CancelledError:
             if not kit.draining:
-                _report(kit, plan, "CANCELLED", started, request_id, caller)
+                _report(meter, plan, "CANCELLED", started, request_id, caller)
                 raise
             task.uncancel()
             failure = errors.Unavailable("the server is stopping; resume elsewhere", 0, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
@@ -171,9 +182,9 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
         finally:
             kit.streams.discard(task)
         if failure is not None:
-            _report(kit, plan, failure.code.name, started, request_id, caller)
+            _report(meter, plan, failure.code.name, started, request_id, caller)
             await _abort(context, failure, request_id)
-        _report(kit, plan, "OK", started, request_id, caller)
+        _report(meter, plan, "OK", started, request_id, caller)
         context.set_trailing_metadata((("x-request-id", request_id),))
 
     return stream
@@ -184,10 +195,10 @@ async def _abort(context: Any, failure: errors.Error, request_id: str) -> None:
     await context.abort(status.code, status.details, (*status.trailing_metadata, ("x-request-id", request_id)))
 
 
-def _request_id(context: Any) -> str:
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-request-id" and isinstance(value, str) and 0 < len(value) <= 64 and value.isascii() and value.isprintable():
-            return value
+def _request_id(metadata: Metadata) -> str:
+    value = metadata.get("x-request-id")
+    if isinstance(value, str) and 0 < len(value) <= 64 and value.isascii() and value.isprintable():
+        return value
     return f"{_PREFIX}-{next(_COUNTER)}"
 
 
@@ -198,11 +209,12 @@ def _failure(error: Exception, plan: Plan, request_id: str) -> errors.Error:
     return failure
 
 
-def _report(kit: Kit, plan: Plan, code: str, started: float, request_id: str, caller: Caller | None) -> None:
+def _report(meter: telemetry.Meter, plan: Plan, code: str, started: float, request_id: str, caller: Caller | None) -> None:
     elapsed = time.perf_counter() - started
-    telemetry.CALLS.labels(plan.method, code).inc()
-    telemetry.CALL_SECONDS.labels(plan.method).observe(elapsed)
+    meter.count(code, elapsed)
     # A read that went well says nothing that the metrics do not say.
+    if code == "OK" and plan.is_read and telemetry.level() > logging.DEBUG:
+        return
     say = log.debug if plan.is_read and code == "OK" else log.info
     subject, org = (caller.subject, caller.org_id) if caller is not None else ("", "")
     say("rpc", method=plan.method, code=code, ms=round(elapsed * 1000, 1), request_id=request_id, subject=subject, org=org)

@@ -1,6 +1,7 @@
 """One gRPC process: services, health, reflection, loops, and an orderly end."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,9 @@ class Server:
             for start in app.starters:
                 await start()
         await self.server.start()
+        # What was loaded so far stays for good: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         for app in self.apps:
             for loop in app.loops:
                 loop.start()

@@ -14,14 +14,17 @@ from services.kit.auth import Authenticator
 from services.kit.call import Kit
 from services.kit.columns import now
 from services.kit.db import ALL, Database
+from services.kit.feed import remembered_access
 from services.kit.loops import Loop
 from services.kit.server import App
 from services.user_svc.access.service import AccessService, resolver
 from services.user_svc.base import AuditEvent, IdempotencyKey
+from services.user_svc.changes import feed
 from services.user_svc.changes import repository as changes
 from services.user_svc.changes.service import ChangeService
 from services.user_svc.entitlements.service import EntitlementService
 from services.user_svc.settings import UserSettings
+from services.user_svc.users import repository
 from services.user_svc.users.service import UserService
 from services.user_svc.webhooks.service import WebhookService
 
@@ -34,14 +37,16 @@ KEPT = {IdempotencyKey: timedelta(0)}
 def create_app(settings: UserSettings) -> App:
     """The table of contents of the user service."""
     db = Database(settings.database_url, settings, "user_svc")
-    kit = Kit("user_svc", settings, db, Authenticator(settings, resolver(db)), AuditEvent, IdempotencyKey)
+    follower = feed.follower(db)
+    access = remembered_access(follower, resolver(db))
+    kit = Kit("user_svc", settings, db, Authenticator(settings, access), AuditEvent, IdempotencyKey)
 
     async def purge_changes() -> bool:
         async with db.transaction(ALL) as session:
             await changes.purge(session, now() - timedelta(days=settings.changes_kept_days))
         return False
 
-    users = UserService(settings)
+    users = UserService(settings, repository.loader(db))
     return App(
         kit=kit,
         services=[
@@ -52,5 +57,6 @@ def create_app(settings: UserSettings) -> App:
             (entitlement_service_pb2_grpc.add_EntitlementServiceServicer_to_server, EntitlementService(settings)),
         ],
         loops=[Loop("purge-changes", purge_changes, 3600), partitions.keeper(db, PARTITIONED), purge.purger(db, KEPT)],
-        starters=[lambda: partitions.ensure(db, PARTITIONED)],
+        starters=[lambda: partitions.ensure(db, PARTITIONED), follower.start],
+        closers=[follower.stop],
     )

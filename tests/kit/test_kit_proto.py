@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime
 from decimal import Decimal
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,14 @@ from services.kit.errors import InvalidArgument
 from services.kit.proto import assign, to_proto
 
 
+def row_of(**columns: Any) -> Any:
+    """A row of a class of its own."""
+    return type("Row", (), columns)()
+
+
 def test_a_message_is_the_allow_list() -> None:
     at = datetime(2026, 1, 2, 3, 4, 5, 678_000, UTC)
-    row = SimpleNamespace(
+    row = row_of(
         id="usr_1", email="a@b.c", password_hash="PLANTED", created_at=at, last_login_at=None, clerk_user_id=None, is_active=True, version=7,
         preferences={"theme": "dark", "n": [1, None]}, subscription_status=user_pb2.SUBSCRIPTION_STATUS_ACTIVE,
     )  # fmt: skip
@@ -28,19 +32,19 @@ def test_a_message_is_the_allow_list() -> None:
 
 
 def test_decimals_are_written_out_and_names_may_carry_an_underscore() -> None:
-    row = SimpleNamespace(cost=Decimal("1E-9"), metadata=object(), metadata_={"a": "b"}, tokens_in=5)
+    row = row_of(cost=Decimal("1E-9"), metadata=object(), metadata_={"a": "b"}, tokens_in=5)
     message = to_proto(row, usage_event_pb2.UsageEvent)
     assert message.cost == "0.000000001" and message.tokens_in == 5
     assert "metadata" in {field.name for field, _ in message.ListFields()}
 
 
 def test_lists_become_repeated_fields() -> None:
-    assert list(to_proto(SimpleNamespace(paths=["a", "b"]), FieldMask).paths) == ["a", "b"]
+    assert list(to_proto(row_of(paths=["a", "b"]), FieldMask).paths) == ["a", "b"]
 
 
 def user(**columns: Any) -> Any:
     """A row."""
-    return SimpleNamespace(id="usr_1", email="old@b.c", full_name="Old", bio="Old", tier="starter", **columns)
+    return row_of(id="usr_1", email="old@b.c", full_name="Old", bio="Old", tier="starter", **columns)
 
 
 def test_a_new_row_takes_what_is_set_but_for_what_is_not_the_callers() -> None:
@@ -48,7 +52,7 @@ def test_a_new_row_takes_what_is_set_but_for_what_is_not_the_callers() -> None:
     written = assign(row, user_pb2.User(id="usr_2", email="new@b.c", tier="business", is_active=True, etag="5", preferences={"a": 1.5}))
     assert sorted(written) == ["email", "preferences"]
     assert (row.id, row.email, row.full_name, row.tier, row.preferences) == ("usr_1", "new@b.c", "Old", "starter", {"a": 1.5})
-    row = SimpleNamespace()
+    row = row_of()
     assert assign(row, deployment_pb2.Deployment(model="m", state=deployment_pb2.STATE_ACTIVE)) == ["model"]
 
 
@@ -71,9 +75,9 @@ def test_unknown_and_immutable_paths_are_told() -> None:
     web, telegram = deployment_pb2.CHANNEL_WEB, deployment_pb2.CHANNEL_TELEGRAM
     change = deployment_pb2.Deployment(channel=web)
     for mask in (FieldMask(paths=["channel"]), FieldMask()):
-        row = SimpleNamespace(channel=telegram)
+        row = row_of(channel=telegram)
         with pytest.raises(InvalidArgument, match="channel cannot be changed"):
             assign(row, change, mask)
         assert row.channel == telegram
     # The same value is no change.
-    assert assign(SimpleNamespace(channel=web), change, FieldMask(paths=["channel"])) == []
+    assert assign(row_of(channel=web), change, FieldMask(paths=["channel"])) == []

@@ -1,18 +1,22 @@
 """Queries on deployments, and the one way to move one from state to state."""
 
 from datetime import datetime
+from typing import Any
 
 import structlog
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from clawplane.deployment.v1 import deployment_pb2
 from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS, begin_anew
 from services.kit.call import Call
+from services.kit.coalesce import Loader, by_key
 from services.kit.columns import now
-from services.kit.db import alone
+from services.kit.db import Database, alone
 from services.kit.errors import InvalidState, NotFound
+from services.kit.proto import columns_for
 
 log = structlog.get_logger()
 
@@ -24,9 +28,14 @@ async def locked(session: AsyncSession, deployment_id: str) -> Deployment | None
 
 def visible(d: Deployment | None, call: Call) -> Deployment:
     """The deployment, if the caller may know of it: a deleted one is there for services and operators only. NotFound otherwise."""
-    if d is None or (d.deleted_at is not None and not call.caller.is_platform):
+    if d is None or not call.sees(d.org_id) or (d.deleted_at is not None and not call.caller.is_platform):
         raise NotFound("deployment")
     return d
+
+
+def loader(db: Database) -> Loader[Any]:
+    """Deployments by id, of all organizations."""
+    return Loader(by_key(db, select(*columns_for(Deployment, deployment_pb2.Deployment)), Deployment.id))
 
 
 async def lock_organization(session: AsyncSession, org_id: str) -> None:

@@ -1,6 +1,7 @@
 """DeploymentService: order, read, watch, change and end bots."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,6 +13,7 @@ from services.deployment_svc.deployments.create import Creator
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.payments.links import Links
 from services.kit.call import Call
+from services.kit.coalesce import Loader
 from services.kit.errors import Conflict, InvalidArgument, InvalidState
 from services.kit.proto import to_proto
 from services.kit.standard import list_page
@@ -40,16 +42,14 @@ def to_response(event: DeploymentEvent | None, d: Deployment) -> deployment_serv
 class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
     """See proto/clawplane/deployment/v1/deployment_service.proto."""
 
-    def __init__(self, creator: Creator, links: Links, wake: Callable[[], None]) -> None:
-        self.creator, self.links, self.wake = creator, links, wake
+    def __init__(self, creator: Creator, links: Links, load: Loader[Any], wake: Callable[[], None]) -> None:
+        self.creator, self.links, self.load, self.wake = creator, links, load, wake
 
     async def CreateDeployment(self, request: deployment_service_pb2.CreateDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         return to_message(await self.creator.create(request, call))
 
     async def GetDeployment(self, request: deployment_service_pb2.GetDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
-        async with call.read() as session:
-            d = await session.get(Deployment, request.id)
-        return to_message(repository.visible(d, call))
+        return to_message(repository.visible(await self.load(request.id), call))
 
     async def ListDeployments(
         self, request: deployment_service_pb2.ListDeploymentsRequest, call: Call

@@ -1,6 +1,6 @@
 """Writes and sums of the usage ledger."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from typing import Any
 
@@ -15,20 +15,30 @@ from services.kit.db import insert_for
 _SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
 
 
-async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, date]]:
-    """Stores those events that are new, with their roll-ups, and returns their (id, month)."""
+async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, str, date]]:
+    """Stores those events that are new, with their roll-ups, and returns their (org_id, id, month)."""
     insert = insert_for(session)
     ordered = sorted(rows, key=lambda row: (row["org_id"], row["id"], row["month"]))
     # Given as parameters, SQLAlchemy splits the rows into statements that both drivers can take (32,767 parameters at most).
-    statement = insert(UsageEvent).on_conflict_do_nothing().returning(UsageEvent.id, UsageEvent.month)
-    stored = {(row.id, row.month) for row in await session.execute(statement, ordered)}
-    for rollup in rolled_up(row for row in ordered if (row["id"], row["month"]) in stored):
+    statement = insert(UsageEvent).on_conflict_do_nothing().returning(UsageEvent.org_id, UsageEvent.id, UsageEvent.month)
+    stored = {(row.org_id, row.id, row.month) for row in await session.execute(statement, ordered)}
+    for rollup in rolled_up(_first(ordered, stored)):
         upsert = insert(UsageRollup).values(rollup)
         added = {name: getattr(UsageRollup, name) + getattr(upsert.excluded, name) for name in _SUMS}
         await session.execute(
             upsert.on_conflict_do_update(index_elements=list(inspect(UsageRollup).primary_key), set_=added)
         )
     return stored
+
+
+def _first(rows: Sequence[dict[str, Any]], stored: set[tuple[str, str, date]]) -> Iterator[dict[str, Any]]:
+    """The rows that were stored, each event once, however often it is among them."""
+    left = set(stored)
+    for row in rows:
+        key = (row["org_id"], row["id"], row["month"])
+        if key in left:
+            left.discard(key)
+            yield row
 
 
 async def find(session: AsyncSession, event_id: str, month: date) -> UsageEvent | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import protovalidate
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2, usage_service_pb2_grpc
 from clawplane.deployment.v1.usage_service_pb2 import UsageGroup
@@ -18,7 +17,9 @@ from services.deployment_svc.usage.models import NO_DEPLOYMENT, UsageEvent
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.rules import occurred, to_row
 from services.kit.call import Call
+from services.kit.coalesce import Batcher
 from services.kit.columns import now
+from services.kit.db import ALL, Database
 from services.kit.errors import Error, InvalidArgument, InvalidFields
 from services.kit.proto import to_datetime, to_proto
 from services.kit.rpc import violation
@@ -38,8 +39,9 @@ Row = dict[str, Any]
 class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
     """See proto/clawplane/deployment/v1/usage_service.proto."""
 
-    def __init__(self, settings: DeploymentSettings, prices: PriceBook) -> None:
-        self.prices = prices
+    def __init__(self, db: Database, settings: DeploymentSettings, prices: PriceBook) -> None:
+        self.db, self.prices = db, prices
+        self.write = Batcher(self._write)
         self.late = timedelta(days=settings.usage_late_days)
         self.ahead = timedelta(seconds=settings.usage_ahead_s)
 
@@ -50,14 +52,24 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         except InvalidFields as error:
             raise InvalidFields([(f"event.{field}", text) for field, text in error.violations]) from None
 
-        async def work(session: AsyncSession) -> usage_service_pb2.RecordUsageResponse:
-            stored = await repository.store(session, [row])
-            event = await repository.find(session, row["id"], row["month"])
+        stored = await self.write(row)
+        event: UsageEvent | None = UsageEvent(**row)
+        if not stored:
+            async with call.read() as session:
+                event = await repository.find(session, row["id"], row["month"])
             assert event is not None
-            return usage_service_pb2.RecordUsageResponse(event=to_proto(event, usage_event_pb2.UsageEvent), duplicate=not stored)
+        return usage_service_pb2.RecordUsageResponse(event=to_proto(event, usage_event_pb2.UsageEvent), duplicate=not stored)
 
-        response: usage_service_pb2.RecordUsageResponse = await call.run(work)
-        return response
+    async def _write(self, rows: list[Row]) -> list[bool]:
+        """Stores events of any organizations in one commit: which of them are new."""
+        stored = await self.db.run(lambda session: repository.store(session, rows), ALL)
+        new = []
+        for row in rows:
+            key = (row["org_id"], row["id"], row["month"])
+            new.append(key in stored)
+            # The same event twice in one commit: one of them was first.
+            stored.discard(key)
+        return new
 
     async def BatchRecordUsage(
         self, request: usage_service_pb2.BatchRecordUsageRequest, call: Call

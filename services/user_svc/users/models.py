@@ -46,11 +46,6 @@ class User(Versioned, Base):
         Index("ix_users__created_at", "created_at"),
     )  # fmt: skip
 
-    @property
-    def email_verified(self) -> bool:
-        """Whether the address was proven."""
-        return self.email_verified_at is not None
-
 
 class Identity(Timestamps, Base):
     """One way in which a user signs in."""

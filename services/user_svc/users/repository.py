@@ -5,8 +5,11 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from clawplane.user.v1 import user_pb2
 from services.kit.auth import CLERK
-from services.kit.db import alone
+from services.kit.coalesce import Loader, by_key
+from services.kit.db import Database, alone
+from services.kit.proto import columns_for
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.users.models import Identity, User
 
@@ -22,6 +25,12 @@ async def find(session: AsyncSession, *, with_deleted: bool = False, **columns: 
         statement = statement.where(User.deleted_at.is_(None))
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1]) if row else None
+
+
+def loader(db: Database) -> Loader[Any]:
+    """Users by id, each row with what the personal organization says of tier and subscription; the deleted ones too."""
+    statement = select(*columns_for(User, user_pb2.User, "email_verified_at"), Organization.tier, Organization.subscription_status)
+    return Loader(by_key(db, statement.join(Organization, Organization.id == User.personal_org_id), User.id))
 
 
 async def by_identity(session: AsyncSession, provider: str, subject: str) -> UserRow | None:

@@ -1,5 +1,7 @@
 """UserService: creation and look-up of users."""
 
+from typing import Any
+
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -9,6 +11,7 @@ from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from clawplane.user.v1.organization_pb2 import Role
 from services.kit import ids
 from services.kit.call import Call
+from services.kit.coalesce import Loader
 from services.kit.columns import now
 from services.kit.db import alone
 from services.kit.errors import AlreadyExists, Conflict, Error, InvalidArgument, NotFound
@@ -29,8 +32,8 @@ _TRIES = 5
 class UserService(user_service_pb2_grpc.UserServiceServicer):
     """See proto/clawplane/user/v1/user_service.proto."""
 
-    def __init__(self, settings: UserSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: UserSettings, load: Loader[Any]) -> None:
+        self.settings, self.load = settings, load
 
     async def CreateUser(self, request: user_service_pb2.CreateUserRequest, call: Call) -> user_pb2.User:
         _check_size(request.user)
@@ -46,11 +49,10 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
     async def GetUser(self, request: user_service_pb2.GetUserRequest, call: Call) -> user_pb2.User:
         if not call.caller.is_platform and request.id != call.caller.user_id:
             raise NotFound("user")
-        async with call.read() as session:
-            row = await repository.find(session, id=request.id)
-        if row is None:
+        row = await self.load(request.id)
+        if row is None or row.deleted_at is not None:
             raise NotFound("user")
-        return to_message(row)
+        return to_message((row, row))
 
     async def LookupUser(self, request: user_service_pb2.LookupUserRequest, call: Call) -> user_pb2.User:
         by = request.WhichOneof("by") or ""
@@ -81,7 +83,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             return await self._create(session, call, wish, verified, identity)
         user, _ = same_email
         # Linking on an address that either side has not proven would hand the account to a stranger.
-        if not (verified and user.email_verified):
+        if not (verified and user.email_verified_at):
             raise AlreadyExists("email")
         _link(session, user, identity)
         call.audit(user.id, after={"linked": identity.provider})
@@ -261,5 +263,6 @@ def to_message(row: repository.UserRow) -> user_pb2.User:
     user, organization = row
     message = to_proto(user, user_pb2.User)
     message.tier, message.subscription_status = organization.tier, organization.subscription_status  # type: ignore[assignment]
+    message.email_verified = user.email_verified_at is not None
     message.is_premium = organization.tier != "starter"
     return message

@@ -1,0 +1,119 @@
+"""``python -m bench``: measures, prints the table, and exits with 1 where a floor is missed beyond the spread."""
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import stages
+from bench.rig import Figures, Rig, rig
+
+Rounds = dict[str, list[Figures]]
+out = Console(highlight=False, width=118)
+
+
+@dataclass
+class Gate:
+    """A promise: a ratio of two scenarios, round by round, and its bound."""
+
+    what: str
+    ratio: Callable[[Figures, Figures], float]
+    of: str
+    to: str
+    bound: float
+    at_most: bool = False
+
+    def judge(self, rounds: Rounds) -> tuple[list[float], str]:
+        """The ratios of the rounds, and "met", "within the spread" (some round met it) or "MISSED" (none did)."""
+        ratios = [self.ratio(a, b) for a, b in zip(rounds[self.of], rounds[self.to], strict=True)]
+        met = [ratio <= self.bound if self.at_most else ratio >= self.bound for ratio in ratios]
+        median = statistics.median(ratios)
+        if median <= self.bound if self.at_most else median >= self.bound:
+            return ratios, "met"
+        return ratios, "within the spread" if any(met) else "MISSED"
+
+
+def _rate(a: Figures, b: Figures) -> float:
+    return a.per_s / b.per_s
+
+
+def _cpu(a: Figures, b: Figures) -> float:
+    return a.server_us / b.server_us
+
+
+_BARE, _WRAPPED = "empty, bare", "empty, wrapped"
+GATES = [
+    Gate("wrapped empty / bare empty, server CPU", _cpu, _WRAPPED, _BARE, 1.25, at_most=True),
+    Gate("GetUser / wrapped empty, calls a second", _rate, "GetUser", _WRAPPED, 0.65),
+    Gate("GetDeployment / wrapped empty, calls a second", _rate, "GetDeployment", _WRAPPED, 0.65),
+    Gate("RecordUsage / wrapped empty, calls a second", _rate, "RecordUsage, one event", _WRAPPED, 0.10),
+    Gate("GetDeployment as JSON / by gRPC, calls a second", _rate, "GetDeployment, JSON through the gateway", "GetDeployment", 0.5),
+]
+
+
+def measure(made: Rig, count: int, seconds: float) -> Rounds:
+    """Interleaved rounds; the first one, which only warms, is thrown away."""
+    scenarios = made.scenarios(seconds)
+    rounds: Rounds = {scenario.name: [] for scenario in scenarios}
+    for number in range(count + 1):
+        for scenario in scenarios:
+            figures = made.measure(scenario)
+            if number:
+                rounds[scenario.name].append(figures)
+        print(f"round {number} of {count} {'(warming)' if not number else ''}", file=sys.stderr, flush=True)
+    return rounds
+
+
+def _median(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})"
+
+
+def show(rounds: Rounds, costs: dict[str, float]) -> bool:
+    """Prints everything; whether no gate is missed."""
+    table = Table("", "calls/s", "/ wrapped", "server CPU, us/call", "p50 ms", "p99 ms", title="32 callers; median (least-most)")
+    for name, figures in rounds.items():
+        share = statistics.median(_rate(a, b) for a, b in zip(figures, rounds[_WRAPPED], strict=True))
+        table.add_row(
+            name, _median([f.per_s for f in figures]), f"{share:.2f}", _median([f.server_us for f in figures]),
+            f"{statistics.median(f.p50_ms for f in figures):.1f}", f"{statistics.median(f.p99_ms for f in figures):.1f}",
+        )  # fmt: skip
+    out.print(table)
+    bare = statistics.median(f.server_us for f in rounds[_BARE])
+    added = statistics.median(f.server_us for f in rounds[_WRAPPED]) - bare
+    table = Table("stage of the wrapper", "us", "of the bare RPC", title=f"the wrapper adds {added:.0f} us to {bare:.0f} us")
+    for name, cost in costs.items():
+        table.add_row(name, f"{cost:.1f}", f"{cost / bare:.1%}")
+    rest = added - sum(costs.values())
+    table.add_row("the rest: coroutines, trailing metadata", f"{rest:.1f}", f"{rest / bare:.1%}")
+    out.print(table)
+    table = Table("gate", "bound", "median (least-most)", "", title="gates, ratios round by round")
+    verdicts = []
+    for gate in GATES:
+        ratios, verdict = gate.judge(rounds)
+        verdicts.append(verdict)
+        bound = f"{'<=' if gate.at_most else '>='} {gate.bound:.2f}"
+        table.add_row(gate.what, bound, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})", verdict)
+    out.print(table)
+    return "MISSED" not in verdicts
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one scenario in one round")
+    given = parser.parse_args()
+    costs = stages.run()
+    with tempfile.TemporaryDirectory(prefix="clawplane-bench-") as folder, rig(Path(folder)) as made:
+        rounds = measure(made, given.rounds, given.seconds)
+    raise SystemExit(0 if show(rounds, costs) else 1)
+
+
+if __name__ == "__main__":
+    main()

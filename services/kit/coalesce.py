@@ -1,0 +1,134 @@
+"""Concurrent calls of one kind become one piece of work: one query for many gets, one commit for many rows."""
+
+import asyncio
+from collections import namedtuple
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import ARRAY, ColumnElement, Select, any_, bindparam
+from sqlalchemy.orm import InstrumentedAttribute
+
+from services.kit.db import Database
+
+T = TypeVar("T")
+R = TypeVar("R")
+Work = Callable[[list[T]], Awaitable[Sequence[R | Exception]]]
+"""The answers to some items, in their order; an exception stands for a failed one."""
+Fetch = Callable[[list[str]], Awaitable[Mapping[str, R]]]
+"""The rows with these keys, by key; those that do not exist are left out."""
+
+_FLYING = 2
+_MOST = 500
+_LINGER_S, _LINGERS = 0.001, 6
+
+
+class Coalescer(Generic[T, R]):
+    """``await coalescer(item)``: the answer. A lone caller is served at once; those who come while work is under way share the next piece
+    of it, which starts after they came: nobody is given what was read before he asked."""
+
+    def __init__(self, work: Work[T, R]) -> None:
+        self._work = work
+        self._waiting: list[tuple[T, asyncio.Future[R]]] = []
+        self._flights: set[asyncio.Task[None]] = set()
+        self._flying = 0
+        self._asked = 0
+
+    async def __call__(self, item: T) -> R:
+        """The answer; raises what the work raised."""
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._flying < _FLYING:
+            self._flying += 1
+            flight = asyncio.create_task(self._fly())
+            self._flights.add(flight)
+            flight.add_done_callback(self._flights.discard)
+        self._asked += 1
+        try:
+            return await future
+        finally:
+            self._asked -= 1
+
+    async def _fly(self) -> None:
+        batch: list[tuple[T, asyncio.Future[R]]] = []
+        try:
+            while self._waiting:
+                if self._asked > 1:
+                    await self._linger()
+                batch, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
+                if batch:
+                    await self._serve(batch)
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+        finally:
+            # In the same step that found nobody waiting: who comes now must start a flight of his own.
+            self._flying -= 1
+
+    async def _linger(self) -> None:
+        """While more keep coming, but not for long: gRPC hands calls over one at a time, and each would find nobody to share with."""
+        for _ in range(_LINGERS):
+            seen = self._asked
+            await asyncio.sleep(_LINGER_S)
+            if self._asked == seen:
+                return
+
+    async def _serve(self, batch: list[tuple[T, "asyncio.Future[R]"]]) -> None:
+        try:
+            answers = await self._work([item for item, _ in batch])
+        except Exception as error:
+            answers = [error] * len(batch)
+        for (_, future), answer in zip(batch, answers, strict=True):
+            # Whose caller has left is done already.
+            if future.done():
+                continue
+            if isinstance(answer, Exception):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+
+
+class Loader(Coalescer[str, R | None]):
+    """Hot reads: ``await loader(key)`` is the row, or None. It knows no tenant: whoever gets a row checks whose it is (``Call.sees``)."""
+
+    def __init__(self, fetch: Fetch[R]) -> None:
+        async def load(keys: list[str]) -> list[R | None]:
+            rows = await fetch(list(dict.fromkeys(keys)))
+            return [rows.get(key) for key in keys]
+
+        super().__init__(load)
+
+
+class Batcher(Coalescer[T, R]):
+    """Group commit: ``await batcher(row)`` returns after the commit that holds the row. A row that fails does so alone."""
+
+    def __init__(self, write: Callable[[list[T]], Awaitable[Sequence[R]]]) -> None:
+        async def apart(items: list[T]) -> list[R | Exception]:
+            try:
+                return list(await write(items))
+            except Exception as error:
+                if len(items) == 1:
+                    return [error]
+            half = len(items) // 2
+            return [*await apart(items[:half]), *await apart(items[half:])]
+
+        super().__init__(apart)
+
+
+def by_key(db: Database, statement: Select[Any], key: InstrumentedAttribute[str]) -> Fetch[Any]:
+    """Fetches the rows of a statement over columns by one of them. Core rows, read only: the ORM would cost more than the query."""
+    among: ColumnElement[bool] = (
+        key.in_(bindparam("keys", expanding=True)) if db.is_sqlite else key == any_(bindparam("keys", type_=ARRAY(key.type)))
+    )
+    statement = statement.where(among)
+    names = [str(column.key) for column in statement.selected_columns]
+    # Rows of SQLAlchemy look names up at each access, and have no class that tells them.
+    kind: Any = namedtuple("Row", names)  # type: ignore[misc]
+    at = names.index(key.key)
+
+    async def fetch(keys: list[str]) -> Mapping[str, Any]:
+        async with db.reading.connect() as connection:
+            rows = (await connection.execute(statement, {"keys": keys})).all()
+        return {row[at]: kind._make(row) for row in rows}
+
+    return fetch
