@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SOURCES = $(shell find proto services gateway migrations -name '*.proto' -o -name 'build_hook.py') pyproject.toml
 
-.PHONY: up demo test lint soak package clean
+.PHONY: up demo test lint soak bench package clean
 
 up: $(VENV)/run.stamp ## run everything in one process
 	@exec $(BIN)/clawplane up $(ARGS)
@@ -23,6 +23,9 @@ lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tes
 
 soak: $(VENV)/test.stamp ## the long proofs
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
+
+bench: $(VENV)/test.stamp ## what a call costs, on PostgreSQL, against the floors of the same run
+	$(BIN)/python -m bench $(ARGS)
 
 package: $(VENV)/test.stamp ## the wheel, in an empty environment, against a running stack
 	$(BIN)/python -m pytest -m package -s $(ARGS)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 from starlette.applications import Starlette
@@ -11,10 +12,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from gateway import health, httprule
 from gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, render
 from gateway.middleware import BodyLimit, Observe, SecurityHeaders
+from gateway.openapi import page as openapi
 from gateway.sandbox import Sandbox
 from gateway.settings import GatewaySettings
 from gateway.transcode import build_routes
@@ -38,6 +41,8 @@ def create_app(
         Route("/healthz", health.healthz),
         Route("/readyz", health.Readiness(channels, ready).readyz),
         Route("/metrics", health.metrics),
+        *openapi.routes(),
+        Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         *build_routes(httprule.services(channels), channels, settings.call_timeout_s),
     ]
     # Without any secret nothing could be verified, so the address does not exist.

@@ -12,8 +12,7 @@ import orjson
 from google.rpc import code_pb2
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import BaseRoute, Route
 
 from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_service_pb2_grpc, sandbox_session_pb2
 from clawplane.errors.v1 import errors_pb2
@@ -49,11 +48,10 @@ class Sandbox:
         self._pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
     def routes(self) -> list[BaseRoute]:
-        """The page, its actions, and its style sheet."""
+        """The page and its actions."""
         return [
             Route("/sandbox/checkout/{session_id:segment}", self.page, methods=["GET"]),
             Route("/sandbox/checkout/{session_id:segment}/{action:segment}", self.act, methods=["POST"]),
-            Mount("/static", StaticFiles(directory=HERE / "static")),
         ]
 
     async def page(self, http: Request) -> Response:

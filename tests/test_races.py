@@ -34,6 +34,16 @@ async def test_fifty_different_orders_leave_what_the_tier_allows(stack: Stack, p
     assert {d.id for d in listed.deployments} == {d.id for d in made}
 
 
+async def test_gets_that_share_a_query_share_no_answer(stack: Stack, person: Person) -> None:
+    stranger = await stack.person()
+    d = await stack.order(person)
+    get, request = stack.deployments.GetDeployment, deployment_service_pb2.GetDeploymentRequest(id=d.id)
+    calls = [get(request, metadata=(person, stranger)[number % 2].metadata) for number in range(CALLS)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert {result.id if isinstance(result, deployment_pb2.Deployment) else "?" for result in results[::2]} == {d.id}
+    assert {result.code() if isinstance(result, grpc.aio.AioRpcError) else "?" for result in results[1::2]} == {grpc.StatusCode.NOT_FOUND}
+
+
 @pytest_asyncio.fixture
 async def processes(databases: Databases, tmp_path: Path) -> AsyncIterator[Processes]:
     """Two deployment services, which migrate the same database at the same moment."""
