@@ -1,6 +1,7 @@
 """The ``clawplane`` command."""
 
 import asyncio
+import secrets
 import sys
 import time
 from enum import StrEnum
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from services import embedded
 from services.deployment_svc.settings import DeploymentSettings
-from services.kit import telemetry
+from services.kit import devkeys, telemetry
 from services.kit.auth import TokenSigner
 from services.kit.secrets import SecretError
 from services.kit.settings import KitSettings
@@ -116,11 +117,40 @@ def _look_up(email: str, target: str, signer: TokenSigner) -> str:
 
 
 @app.command()
-def demo(data_dir: DataDir = None) -> None:
+def demo(
+    url: Annotated[str, typer.Option(help="The gateway of a stack whose keys are in the environment. [default: the one of `up`]")] = "",
+    user_target: Annotated[str, typer.Option(envvar="CLAWPLANE_USER_TARGET", help="With --url: the user service.")] = "127.0.0.1:50051",
+    deployment_target: Annotated[
+        str, typer.Option(envvar="CLAWPLANE_DEPLOYMENT_TARGET", help="With --url: the deployment service.")
+    ] = "127.0.0.1:50052",
+    data_dir: DataDir = None,
+) -> None:
     """Run the whole loop against the running stack (or one of its own): order, pay, live, chat, usage, close."""
-    from services.demo import run_demo
+    from services.demo import Where, run_demo
 
-    raise typer.Exit(asyncio.run(run_demo(data_dir or Path(".clawplane"), out)))
+    folder = data_dir or KitSettings().data_dir
+    raise typer.Exit(asyncio.run(run_demo(Where(user_target, deployment_target, url, folder) if url else folder, out)))
+
+
+@app.command()
+def keys() -> None:
+    """Print fresh keys for production as lines of an .env file, the file that docker-compose.yml reads. Keep it secret and safe:
+    without the encryption keys, no stored secret can be read again."""
+    made = devkeys.make(f"k{time.strftime('%Y%m%d')}")
+    made["clerk_webhook_secrets"] = f'["{devkeys.clerk_webhook_secret(made)}"]'
+    for name, value in made.items():
+        print(f"CLAWPLANE_{name.upper()}='{value}'")
+    print(f"POSTGRES_PASSWORD='{secrets.token_urlsafe(24)}'")
+
+
+@app.command()
+def health(target: Annotated[str, typer.Argument(help="host:port of a gRPC service, or a URL of the gateway (/readyz).")]) -> None:
+    """Ask a process whether it serves; the exit status is 0 when it does. For health checks."""
+    from services.kit.clients import ask_health
+
+    said = ask_health(target)
+    out.print(said)
+    raise typer.Exit(0 if said == "serving" else 1)
 
 
 def _run(work: Any) -> Any:

@@ -31,7 +31,7 @@ from clawplane.deployment.v1 import (
 )
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from services import demo_edges as edges
-from services.kit import devkeys
+from services import embedded
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
 
@@ -47,16 +47,20 @@ class DemoError(Exception):
 class Where:
     """The stack that the demo talks to."""
 
-    grpc: str
+    user: str
+    deployment: str
     http: str
     data_dir: Path
 
 
-async def run_demo(data_dir: Path, out: Console) -> int:
-    """Runs the demo and returns the exit status."""
+async def run_demo(where: Where | Path, out: Console) -> int:
+    """Runs the demo against a stack, or whatever runs on a data directory, and returns the exit status."""
     try:
-        async with _stack(data_dir, out) as where:
+        if isinstance(where, Where):
             await Demo(where, out).run()
+        else:
+            async with _stack(where, out) as found:
+                await Demo(found, out).run()
     except (DemoError, grpc.aio.AioRpcError, httpx.HTTPError) as error:
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error) or repr(error)
         out.print(f"[red]✗ {text}[/]")
@@ -103,7 +107,7 @@ async def _running(data_dir: Path) -> Where | None:
             answer = await client.get(f"{note['http']}/readyz")
     except (OSError, ValueError, KeyError, httpx.HTTPError):
         return None
-    return Where(note["grpc"], note["http"], data_dir) if answer.status_code == 200 else None
+    return Where(note["grpc"], note["grpc"], note["http"], data_dir) if answer.status_code == 200 else None
 
 
 async def _until(what: str, check: Callable[[], Awaitable[T | None]]) -> T:
@@ -121,9 +125,9 @@ class Demo:
 
     def __init__(self, where: Where, out: Console) -> None:
         self.where, self.out = where, out
-        self.keys = devkeys.load_or_make(where.data_dir)
-        self.signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]
-        self.operator = (("authorization", f"Bearer {self.keys['operator_token']}"),)
+        settings = embedded.load_settings(KitSettings, where.data_dir)
+        self.signer = TokenSigner(settings)
+        self.operator = (("authorization", f"Bearer {settings.operator_token.get_secret_value()}"),)
 
     @staticmethod
     def free_port() -> int:
@@ -147,10 +151,11 @@ class Demo:
 
     async def run(self) -> None:
         """Every step, in order."""
-        channel = grpc.aio.insecure_channel(self.where.grpc, options=[("grpc.enable_http_proxy", 0)])
-        async with channel, httpx.AsyncClient(base_url=self.where.http, trust_env=False, timeout=30) as http:
+        direct = [("grpc.enable_http_proxy", 0)]
+        to_users, channel = (grpc.aio.insecure_channel(target, direct) for target in (self.where.user, self.where.deployment))
+        async with to_users, channel, httpx.AsyncClient(base_url=self.where.http, trust_env=False, timeout=30) as http:
             self.http = http
-            self.users = user_service_pb2_grpc.UserServiceStub(channel)
+            self.users = user_service_pb2_grpc.UserServiceStub(to_users)
             self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
             self.usage = usage_service_pb2_grpc.UsageServiceStub(channel)
             self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(channel)
@@ -179,6 +184,7 @@ class Demo:
         return {"authorization": f"Bearer {self.signer.sign(['*'], user=user_id)}"}
 
     async def order(self, person: dict[str, str], token: str) -> dict[str, Any]:
+        """A Telegram bot, ordered through the gateway."""
         body = {"model": "claude-opus-4.5", "channel": "CHANNEL_TELEGRAM", "channelToken": token}
         return await self.json(self.http.post("/v1/deployments", json=body, headers=person))
 
@@ -275,6 +281,7 @@ class Demo:
         raise DemoError("the bot still answers after it was closed")
 
     async def json(self, request: Awaitable[httpx.Response]) -> dict[str, Any]:
+        """The answer of the gateway or a bot; DemoError when it is an error."""
         answer = await request
         if answer.is_error:
             raise DemoError(f"{answer.request.method} {answer.request.url.path} answered {answer.status_code}: {answer.text}")

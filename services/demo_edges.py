@@ -15,8 +15,9 @@ import grpc
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from clawplane.user.v1 import user_service_pb2
+from gateway.settings import GatewaySettings
 from gateway.webhooks import clerk
-from services.kit import devkeys
+from services import embedded
 
 if TYPE_CHECKING:
     from services.demo import Demo
@@ -61,7 +62,8 @@ async def deleted_at_clerk(demo: "Demo") -> None:
 async def _from_clerk(demo: "Demo", kind: str, data: dict[str, Any]) -> None:
     payload = json.dumps({"type": kind, "object": "event", "data": data, "timestamp": time.time_ns() // 1_000_000}).encode()
     message_id, now = f"msg_{secrets.token_hex(12)}", int(time.time())
-    key = clerk.key_of(devkeys.clerk_webhook_secret(demo.keys))
+    settings = embedded.load_settings(GatewaySettings, demo.where.data_dir)
+    key = clerk.key_of(settings.clerk_webhook_secrets[0].get_secret_value())
     headers = {"svix-id": message_id, "svix-timestamp": str(now), "svix-signature": clerk.sign(payload, key, message_id, now)}
     await demo.json(demo.http.post("/webhooks/clerk", content=payload, headers=headers | {"content-type": "application/json"}))
 
@@ -85,7 +87,7 @@ async def watch_through_a_restart(demo: "Demo", person: dict[str, str]) -> None:
 async def _second_server(demo: "Demo") -> AsyncIterator[str]:
     port = demo.free_port()
     env = os.environ | {
-        "CLAWPLANE_DATA_DIR": str(demo.where.data_dir), "CLAWPLANE_USER_TARGET": demo.where.grpc, "CLAWPLANE_LOG_LEVEL": "error",
+        "CLAWPLANE_DATA_DIR": str(demo.where.data_dir), "CLAWPLANE_USER_TARGET": demo.where.user, "CLAWPLANE_LOG_LEVEL": "error",
         "CLAWPLANE_PUBLIC_URL": demo.where.http,
     }  # fmt: skip
     process = await asyncio.create_subprocess_exec(

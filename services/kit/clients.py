@@ -3,8 +3,11 @@
 import json
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.kit.auth import TokenSigner
 
@@ -57,3 +60,20 @@ class ServiceCredential:
             self._token = self._signer.sign(self._permissions, lifetime_s=self._lifetime_s)
             self._renew_at = time.monotonic() + self._lifetime_s / 2
         return (("authorization", f"Bearer {self._token}"),)
+
+
+def ask_health(target: str, timeout_s: float = 3.0) -> str:
+    """ "serving", or what is wrong. ``target`` is host:port of a gRPC service, or a URL that answers 200 when all is well."""
+    if "://" in target:
+        try:
+            answer = httpx.get(target, timeout=timeout_s, trust_env=False)
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        return "serving" if answer.status_code == 200 else answer.text
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answered = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "serving" if answered.status == health_pb2.HealthCheckResponse.SERVING else "not serving"

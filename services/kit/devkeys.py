@@ -22,7 +22,7 @@ def load_or_make(data_dir: Path) -> dict[str, str]:
         draft = data_dir / f"keys.{os.getpid()}.{secrets.token_hex(4)}"
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(orjson.dumps(_make(), option=orjson.OPT_INDENT_2))
+            file.write(orjson.dumps(make("dev1"), option=orjson.OPT_INDENT_2))
             file.flush()
             os.fsync(file.fileno())
         try:
@@ -35,13 +35,14 @@ def load_or_make(data_dir: Path) -> dict[str, str]:
     return keys
 
 
-def _make() -> dict[str, str]:
+def make(key_id: str) -> dict[str, str]:
+    """Fresh keys, in the form of the file. ``key_id`` names the encryption key."""
     seeds = {name: os.urandom(32) for name in SERVICES}
     result = {f"seed_{name}": _text(seed) for name, seed in seeds.items()}
     result["service_public_keys"] = orjson.dumps({name: _text(public_key(seed)) for name, seed in seeds.items()}).decode()
     result["operator_token"] = f"clawop_{secrets.token_urlsafe(32)}"
-    result["encryption_keys"] = orjson.dumps({"dev1": _text(os.urandom(32))}).decode()
-    result["encryption_key_id"] = "dev1"
+    result["encryption_keys"] = orjson.dumps({key_id: _text(os.urandom(32))}).decode()
+    result["encryption_key_id"] = key_id
     result["hmac_key"] = _text(os.urandom(32))
     result["sandbox_webhook_secret"] = f"whsec_{secrets.token_urlsafe(32)}"
     return result
