@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from gateway import httprule
 from tests.test_migrations import metadata_of
 
 TEXT = (Path(__file__).resolve().parent.parent / "docs" / "seeds.md").read_text()
@@ -33,3 +34,11 @@ def test_no_column_of_the_seeds_is_forgotten() -> None:
         said = " ".join(what for _, of, what, _ in rows if of == entity)
         for column in columns.split():
             assert re.search(rf"\b{column}\b", said), f"{entity}.{column}"
+
+
+def test_the_methods_that_it_names_exist() -> None:
+    named = set(re.findall(r"`((?:user|deployment)\.v1)\.(\w+)/(\w+)`", TEXT))
+    assert len(named) > 15
+    services = {service.full_name: service for service in httprule.services()}
+    for package, service, method in named:
+        assert method in services[f"clawplane.{package}.{service}"].methods_by_name, (service, method)

@@ -16,6 +16,7 @@ V = TypeVar("V")
 _SILENCE_S = 1.0
 """A feed not heard of for so long may have been cut off: nothing remembered counts until it is heard again."""
 _PAUSE_S = 0.2
+_LONG_S = 60.0
 _CACHE_SIZE = 10_000
 
 
@@ -52,6 +53,7 @@ class Follower:
     async def _run(self) -> None:
         seq = -1
         while True:
+            opened = time.monotonic()
             try:
                 async for message in self._watch(seq):
                     if seq < 0:
@@ -64,7 +66,9 @@ class Follower:
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.OUT_OF_RANGE:
                     seq = -1
-                log.warning("feed.interrupted", code=error.code().name)
+                # A long stream ends when its credential does, or the other side restarts: nothing to look at.
+                say = log.info if time.monotonic() - opened > _LONG_S else log.warning
+                say("feed.interrupted", code=error.code().name)
             except Exception as error:
                 log.error("feed.failed", exc_info=error)
                 seq = -1

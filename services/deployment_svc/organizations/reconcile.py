@@ -61,7 +61,7 @@ class OrganizationReconciler:
                 await self.users.entitlements(org_id)
             except NotFound:
                 await self._close_all(org_id)
-        await self._remember(seq)
+        await self._remember(seq, anew=True)
 
     async def _close_all(self, org_id: str) -> None:
         async with self.db.read(org_id) as session:
@@ -81,10 +81,11 @@ class OrganizationReconciler:
             await self.db.run(work, ALL)
         self.wake()
 
-    async def _remember(self, seq: int) -> None:
+    async def _remember(self, seq: int, *, anew: bool = False) -> None:
         async with self.db.transaction(ALL) as session:
             cursor = await session.get(FeedCursor, _NAME, with_for_update=True)
             if cursor is None:
                 session.add(FeedCursor(name=_NAME, seq=seq))
             else:
-                cursor.seq = max(cursor.seq, seq)
+                # Read anew, the numbers may start lower: the user service was set up again from a copy.
+                cursor.seq = seq if anew else max(cursor.seq, seq)
