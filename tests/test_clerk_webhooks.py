@@ -65,6 +65,8 @@ async def test_a_user_comes_changes_and_goes(stack: Stack) -> None:
     # The later event came first; the earlier one changes nothing.
     await send(stack, event("user.updated", clerk_id, now + 20, first_name="Augusta"))
     await send(stack, event("user.updated", clerk_id, now + 10, first_name="Old"))
+    changed = await found(stack, clerk_id)
+    assert changed is not None and changed.full_name == "Augusta Lovelace"
     # An address that Clerk has not verified is not taken over.
     await send(stack, event("user.updated", clerk_id, now + 30, first_name="Augusta", email="evil@example.com", status="unverified"))
     changed = await found(stack, clerk_id)
