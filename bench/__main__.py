@@ -108,11 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one scenario in one round")
+    parser.add_argument("--report-only", action="store_true", help="exit with 0 whatever the gates say")
     given = parser.parse_args()
     costs = stages.run()
     with tempfile.TemporaryDirectory(prefix="clawplane-bench-") as folder, rig(Path(folder)) as made:
         rounds = measure(made, given.rounds, given.seconds)
-    raise SystemExit(0 if show(rounds, costs) else 1)
+    raise SystemExit(0 if show(rounds, costs) or given.report_only else 1)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Fetch = Callable[[list[str]], Awaitable[Mapping[str, R]]]
 _FLYING = 2
 _MOST = 500
 _LINGER_S, _LINGERS = 0.001, 6
+_MANY, _FADING = 8, 0.99
 
 
 class Coalescer(Generic[T, R]):
@@ -32,6 +33,7 @@ class Coalescer(Generic[T, R]):
         self._flights: set[asyncio.Task[None]] = set()
         self._flying = 0
         self._asked = 0
+        self._peak = 0.0
 
     async def __call__(self, item: T) -> R:
         """The answer; raises what the work raised."""
@@ -43,6 +45,7 @@ class Coalescer(Generic[T, R]):
             self._flights.add(flight)
             flight.add_done_callback(self._flights.discard)
         self._asked += 1
+        self._peak = max(self._peak, self._asked)
         try:
             return await future
         finally:
@@ -67,8 +70,12 @@ class Coalescer(Generic[T, R]):
 
     async def _linger(self) -> None:
         """While more keep coming, but not for long: gRPC hands calls over one at a time, and each would find nobody to share with."""
+        self._peak *= _FADING
         for _ in range(_LINGERS):
             seen = self._asked
+            # As many as ever lately: nobody is left to wait for. A few are no sign of that.
+            if seen >= max(self._peak, _MANY):
+                return
             await asyncio.sleep(_LINGER_S)
             if self._asked == seen:
                 return
