@@ -1,5 +1,6 @@
 """UserService: creation and look-up of users."""
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict, MessageToJson
@@ -146,23 +147,22 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         return to_message(await call.run(work))
 
     async def DeleteUser(self, request: user_service_pb2.DeleteUserRequest, call: Call) -> user_pb2.User:
-        async def work(session: AsyncSession) -> repository.UserRow:
-            row = await repository.lock(session, request.id, with_deleted=True)
-            if row is None:
-                raise NotFound("user")
-            call.audit(row[0].id, org_id=row[1].id)
-            await lifecycle.delete(session, row)
-            return row
-
-        return to_message(await call.run(work))
+        return await self._with(call, request.id, lifecycle.delete)
 
     async def UndeleteUser(self, request: user_service_pb2.UndeleteUserRequest, call: Call) -> user_pb2.User:
+        return await self._with(call, request.id, lifecycle.undelete)
+
+    async def _with(
+        self, call: Call, user_id: str, change: Callable[[AsyncSession, repository.UserRow], Awaitable[object]]
+    ) -> user_pb2.User:
+        """Changes a user, deleted or not."""
+
         async def work(session: AsyncSession) -> repository.UserRow:
-            row = await repository.lock(session, request.id, with_deleted=True)
+            row = await repository.lock(session, user_id, with_deleted=True)
             if row is None:
                 raise NotFound("user")
             call.audit(row[0].id, org_id=row[1].id)
-            await lifecycle.undelete(session, row)
+            await change(session, row)
             return row
 
         return to_message(await call.run(work))
