@@ -21,7 +21,7 @@ from gateway.openapi import page as openapi
 from gateway.sandbox import Sandbox
 from gateway.settings import GatewaySettings
 from gateway.transcode import build_routes
-from gateway.webhooks.receiver import ClerkReceiver, StripeReceiver
+from gateway.webhooks.receiver import ClerkReceiver, PolarReceiver, StripeReceiver
 
 USER, DEPLOYMENT = "clawplane.user.v1", "clawplane.deployment.v1"
 
@@ -49,6 +49,9 @@ def create_app(
     if settings.stripe_webhook_secrets or settings.sandbox_enabled:
         stripe = StripeReceiver(settings, channels[DEPLOYMENT], service_metadata)
         routes.append(Route("/webhooks/stripe", stripe.receive, methods=["POST"]))
+    if settings.polar_webhook_secrets:
+        polar = PolarReceiver(settings, channels[DEPLOYMENT], service_metadata)
+        routes.append(Route("/webhooks/polar", polar.receive, methods=["POST"]))
     if settings.clerk_webhook_secrets:
         clerk = ClerkReceiver(settings, channels[USER], service_metadata)
         routes.append(Route("/webhooks/clerk", clerk.receive, methods=["POST"]))

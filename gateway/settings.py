@@ -27,6 +27,10 @@ class GatewaySettings(KitSettings):
     clerk_webhook_secrets: list[SecretStr] = Field(
         default_factory=list, description="signing secrets of Clerk's webhooks, whsec_...; several while rolling"
     )
+    polar_webhook_secrets: list[SecretStr] = Field(
+        default_factory=list, description="signing secrets of Polar's webhooks; several while rolling"
+    )
+    polar_sandbox: bool = Field(True, description="whether the webhooks come from Polar's sandbox, where no money moves")
     sandbox_enabled: bool = Field(False, description="checkout without money")
     sandbox_allow_remote: bool = Field(False, description="lets the sandbox listen on an address that is not a loopback one")
     sandbox_webhook_secret: SecretStr = Field(SecretStr(""), description="signs the sandbox's own webhooks")
@@ -55,6 +59,8 @@ class GatewaySettings(KitSettings):
         # An empty secret would make signatures that anybody can compute.
         if any(len(secret) < MIN_SECRET_CHARS for secret in stripe):
             raise ValueError(f"CLAWPLANE_STRIPE_WEBHOOK_SECRETS: each needs {MIN_SECRET_CHARS} characters or more")
+        if any(len(secret.get_secret_value()) < MIN_SECRET_CHARS for secret in self.polar_webhook_secrets):
+            raise ValueError(f"CLAWPLANE_POLAR_WEBHOOK_SECRETS: each needs {MIN_SECRET_CHARS} characters or more")
         for secret in self.clerk_webhook_secrets:
             try:
                 good = len(key_of(secret.get_secret_value())) >= MIN_SECRET_CHARS

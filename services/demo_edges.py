@@ -16,7 +16,7 @@ import grpc
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc
 from clawplane.user.v1 import user_service_pb2
 from gateway.settings import GatewaySettings
-from gateway.webhooks import clerk
+from gateway.webhooks import clerk, standard
 from services import embedded
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ async def _from_clerk(demo: "Demo", kind: str, data: dict[str, Any]) -> None:
     message_id, now = f"msg_{secrets.token_hex(12)}", int(time.time())
     settings = embedded.load_settings(GatewaySettings, demo.where.data_dir)
     key = clerk.key_of(settings.clerk_webhook_secrets[0].get_secret_value())
-    headers = {"svix-id": message_id, "svix-timestamp": str(now), "svix-signature": clerk.sign(payload, key, message_id, now)}
+    headers = {"svix-id": message_id, "svix-timestamp": str(now), "svix-signature": standard.sign(payload, key, message_id, now)}
     await demo.json(demo.http.post("/webhooks/clerk", content=payload, headers=headers | {"content-type": "application/json"}))
 
 

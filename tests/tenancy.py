@@ -21,8 +21,9 @@ from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments.models import Deployment
+from services.deployment_svc.payments.models import PaymentSession
 from services.kit import ids, vault
-from services.kit.columns import Identifier, Tenant
+from services.kit.columns import Identifier, Tenant, now
 from services.kit.db import ALL, Database
 from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
@@ -154,7 +155,7 @@ class Scene:
         assert (await stack.sandbox_act(d, "pay")).status_code == 200
         await stack.until(d.id, deployment_pb2.STATE_ACTIVE)
         # A wish that is not paid yet.
-        await self.order(person, LISTED["model"])
+        await self._at_polar(await self.order(person, LISTED["model"]), f"checkout-{tag}")
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
         said = user_service_pb2.SyncClerkUserRequest(external_id=tag, clerk_user_id=f"clerk_{tag}", email=user.email, full_name="Victim")
@@ -163,6 +164,19 @@ class Scene:
         excluded = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=f"asked for by {user.email}")
         await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
         return Victim(person, await self._rows_of(person))
+
+    async def _at_polar(self, d: deployment_pb2.Deployment, checkout_id: str) -> None:
+        """A page at another provider, which this stack does not talk to."""
+        db = Database(self.stack.urls["deployment_svc"], self.settings, "test")
+        async with db.transaction(d.org_id) as session:
+            (await session.get_one(Deployment, d.id)).polar_id = checkout_id
+            session.add(
+                PaymentSession(
+                    deployment_id=d.id, provider="polar", external_id=checkout_id, link_number=99, status="expired", amount_minor=1,
+                    currency="usd", created_at=now(), updated_at=now(),
+                )
+            )  # fmt: skip
+        await db.close()
 
     async def order(self, person: Person, model: str) -> deployment_pb2.Deployment:
         """Orders a bot that talks on the web, which needs no token."""

@@ -3,6 +3,7 @@
 import asyncio
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ SCHEMATHESIS = str(Path(sys.executable).parent / "schemathesis")
 async def break_it(url: str, who: Metadata, *options: str) -> str:
     """What Schemathesis prints, which must find nothing. Watches never end: they are left out."""
     ((_, credential),) = who
+    # It keeps what it found in the folder where it runs.
+    folder = tempfile.mkdtemp(prefix="clawplane-schemathesis-")
     process = await asyncio.create_subprocess_exec(
         SCHEMATHESIS, "run", f"{url}/openapi.json", "--checks", "not_a_server_error", "--exclude-path-regex", ":watch$",
         "--header", f"Authorization: {credential}", "--no-color", "--warnings", "off", "--request-timeout", "20", *options,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=folder,
     )  # fmt: skip
     said, _ = await process.communicate()
     text = said.decode()

@@ -8,18 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clawplane.deployment.v1 import payment_pb2
-from gateway.webhooks.event import BadEvent, BadSignature, Ignore
+from gateway.webhooks import event as event_form
+from gateway.webhooks.event import CURRENCY, EXTERNAL_ID, TYPE, BadEvent, BadSignature, Ignore
 
 MAX_HEADER_CHARS = 4096
 SANDBOX_SESSION_PREFIX = "cs_sandbox_"
 SANDBOX_PAYMENT_PREFIX = "pi_sandbox_"
 _TIME = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
-_EXTERNAL_ID = re.compile(r"[!-~]{1,255}\Z")
-_TYPE = re.compile(r"[a-z0-9_.]{1,100}\Z")
-_CURRENCY = re.compile(r"[a-z]{3}\Z")
-_DEPLOYMENT_ID = re.compile(r"dep_[0-9a-f]{32}\Z")
 _MAX_SECONDS = 253402300799
-_MAX_INT64 = 2**63 - 1
 
 _SESSION_KINDS: Mapping[str, payment_pb2.PaymentEventKind.ValueType] = {
     "checkout.session.completed": payment_pb2.PAYMENT_EVENT_KIND_COMPLETED,
@@ -82,11 +78,11 @@ def _digest(payload: bytes, key: bytes, at: str) -> str:
 
 def translate(event: Any, provider: str = "stripe") -> payment_pb2.PaymentEvent | Ignore:
     """What an event means, as a payment event of `provider`, or why nobody handles it; BadEvent when it has not the form of one."""
-    event = _object(event, "event")
-    external_id = _match(event.get("id"), _EXTERNAL_ID, "id")
-    kind = _match(event.get("type"), _TYPE, "type")
+    event = event_form.mapping(event, "event")
+    external_id = event_form.match(event.get("id"), EXTERNAL_ID, "id")
+    kind = event_form.match(event.get("type"), TYPE, "type")
     result = payment_pb2.PaymentEvent(provider=provider, external_id=external_id, type=kind)
-    result.occurred_at.FromSeconds(_integer(event.get("created"), "created", _MAX_SECONDS))
+    result.occurred_at.FromSeconds(event_form.integer(event.get("created"), "created", _MAX_SECONDS))
     reason = _fill(result, event, kind)
     if reason:
         return Ignore(external_id, kind, reason)
@@ -98,10 +94,10 @@ def _fill(result: payment_pb2.PaymentEvent, event: Mapping[str, Any], kind: str)
     """Fills the payment event; returns the reason when nobody handles it."""
     if kind not in _SESSION_KINDS and kind not in ("charge.refunded", "charge.dispute.created"):
         return f"nobody handles events of type {kind}"
-    thing = _object(_object(event.get("data"), "data").get("object"), "data.object")
+    thing = event_form.mapping(event_form.mapping(event.get("data"), "data").get("object"), "data.object")
     # Objects carry the mode themselves, except for some of the older ones.
-    result.livemode = _boolean(thing.get("livemode", event.get("livemode", False)), "livemode")
-    result.currency = _match(str(thing.get("currency") or "").lower(), _CURRENCY, "currency") if thing.get("currency") else ""
+    result.livemode = event_form.boolean(thing.get("livemode", event.get("livemode", False)), "livemode")
+    result.currency = event_form.match(str(thing.get("currency") or "").lower(), CURRENCY, "currency") if thing.get("currency") else ""
     result.payment_id = _identifier(thing.get("payment_intent"), "payment_intent")
     result.deployment_id = _deployment_id(thing)
     if kind in _SESSION_KINDS:
@@ -109,10 +105,10 @@ def _fill(result: payment_pb2.PaymentEvent, event: Mapping[str, Any], kind: str)
         return _fill_session(result, thing)
     if not result.payment_id:
         return "the charge has no payment intent, so it is not one of our checkouts"
-    result.amount_minor = _integer(thing.get("amount"), "amount")
+    result.amount_minor = event_form.integer(thing.get("amount"), "amount")
     if kind == "charge.refunded":
         result.kind = payment_pb2.PAYMENT_EVENT_KIND_REFUNDED
-        result.refunded_minor = _integer(thing.get("amount_refunded"), "amount_refunded")
+        result.refunded_minor = event_form.integer(thing.get("amount_refunded"), "amount_refunded")
     else:
         result.kind = payment_pb2.PAYMENT_EVENT_KIND_DISPUTED
     return ""
@@ -122,8 +118,8 @@ def _fill_session(result: payment_pb2.PaymentEvent, session: Mapping[str, Any]) 
     mode = session.get("mode", "payment")
     if mode != "payment":
         return f"checkout sessions of mode {mode} are not payments for deployments" if isinstance(mode, str) else "unknown mode"
-    result.session_id = _match(session.get("id"), _EXTERNAL_ID, "data.object.id")
-    result.amount_minor = _integer(session.get("amount_total") or 0, "amount_total")
+    result.session_id = event_form.match(session.get("id"), EXTERNAL_ID, "data.object.id")
+    result.amount_minor = event_form.integer(session.get("amount_total") or 0, "amount_total")
     status = session.get("payment_status")
     result.paid = status in ("paid", "no_payment_required")
     return ""
@@ -143,42 +139,14 @@ def _deployment_id(thing: Mapping[str, Any]) -> str:
     intent = thing.get("payment_intent")
     for holder in (thing, intent if isinstance(intent, dict) else {}):
         metadata = holder.get("metadata")
-        if isinstance(metadata, dict) and _is_deployment_id(found := metadata.get("deployment_id")):
+        if isinstance(metadata, dict) and event_form.is_deployment_id(found := metadata.get("deployment_id")):
             return str(found)
     reference = thing.get("client_reference_id")
-    return reference if isinstance(reference, str) and _is_deployment_id(reference) else ""
-
-
-def _is_deployment_id(value: Any) -> bool:
-    return isinstance(value, str) and _DEPLOYMENT_ID.match(value) is not None
+    return reference if isinstance(reference, str) and event_form.is_deployment_id(reference) else ""
 
 
 def _identifier(value: Any, name: str) -> str:
     """An id, given by itself or as the expanded object; empty for null."""
     if isinstance(value, dict):
         value = value.get("id")
-    return "" if value is None else _match(value, _EXTERNAL_ID, name)
-
-
-def _object(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise BadEvent(f"{name}: must be an object")
-    return value
-
-
-def _match(value: Any, pattern: re.Pattern[str], name: str) -> str:
-    if not isinstance(value, str) or not pattern.match(value):
-        raise BadEvent(f"{name}: is missing or malformed")
-    return value
-
-
-def _integer(value: Any, name: str, greatest: int = _MAX_INT64) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= greatest:
-        raise BadEvent(f"{name}: must be a whole number that is not negative")
-    return value
-
-
-def _boolean(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise BadEvent(f"{name}: must be true or false")
-    return value
+    return "" if value is None else event_form.match(value, EXTERNAL_ID, name)

@@ -25,6 +25,7 @@ from services.deployment_svc.deployments.steps import Steps
 from services.deployment_svc.organizations.reconcile import OrganizationReconciler
 from services.deployment_svc.payments.checkout import Checkout
 from services.deployment_svc.payments.links import Links
+from services.deployment_svc.payments.polar import PolarCheckout
 from services.deployment_svc.payments.reconcile import PaymentChecker
 from services.deployment_svc.payments.service import PaymentService
 from services.deployment_svc.providers.driver import Driver
@@ -110,6 +111,8 @@ def _checkouts(db: Database, settings: DeploymentSettings) -> dict[str, Checkout
         from services.deployment_svc.payments.stripe import StripeCheckout
 
         checkouts["stripe"] = StripeCheckout(settings)
+    if settings.polar_product_id or settings.payment_provider == "polar":
+        checkouts["polar"] = PolarCheckout(settings)
     return checkouts
 
 

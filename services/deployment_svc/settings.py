@@ -20,13 +20,15 @@ class DeploymentSettings(KitSettings):
     )
 
     # Payment.
-    payment_provider: Literal["sandbox", "stripe"] = Field("sandbox", description="where new payment pages are made")
+    payment_provider: Literal["sandbox", "stripe", "polar"] = Field("sandbox", description="where new payment pages are made")
     sandbox_enabled: bool = Field(True, description="whether the sandbox's checkout is served")
     sandbox_allow_remote: bool = Field(False, description="serve the sandbox on an address that is not loopback")
     stripe_api_key: SecretStr = Field(SecretStr(""), description="secret key, sk_test_... or sk_live_...")
     stripe_api_base: str = Field("https://api.stripe.com", description="base URL of Stripe's API")
     polar_access_token: SecretStr = Field(SecretStr(""), description="Polar's access token; live when polar_sandbox is false")
     polar_sandbox: bool = Field(True, description="whether the Polar token is of Polar's sandbox")
+    polar_product_id: str = Field("", description="the product at Polar that pages sell; its own price does not count")
+    polar_api_base: str = Field("", description="base URL of Polar's API; empty: the one of polar_sandbox")
     checkout_timeout_s: float = Field(10, gt=0, description="longest wait for one answer of a payment provider")
     checkout_ttl_s: int = Field(24 * 3600, ge=1800, le=24 * 3600, description="how long a payment page stays open")
     checkout_min_left_s: int = Field(120, ge=0, description="a page with less time left is replaced")

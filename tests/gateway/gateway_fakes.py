@@ -28,6 +28,7 @@ from gateway.settings import GatewaySettings
 
 STRIPE_SECRET = "whsec_first_0123456789"
 STRIPE_SECRET_2 = "whsec_second_0123456789"
+POLAR_SECRET = "polar_whs_0123456789abcdef"
 SANDBOX_SECRET = "whsec_sandbox_0123456789"
 SERVICE_TOKEN = "Bearer service-token-of-the-gateway"
 SESSION_ID = "cs_sandbox_0123456789abcdefABCDEF"
@@ -201,6 +202,7 @@ async def running(platform: Platform, **overrides: Any) -> AsyncIterator[Stack]:
             "http_port": port,
             "public_url": f"http://127.0.0.1:{port}",
             "stripe_webhook_secrets": [STRIPE_SECRET, STRIPE_SECRET_2],
+            "polar_webhook_secrets": [POLAR_SECRET],
             "sandbox_enabled": True,
             "sandbox_webhook_secret": SANDBOX_SECRET,
             **overrides,

@@ -97,6 +97,7 @@ async def look_up(session: AsyncSession, request: rpc.LookupDeploymentRequest) -
     value = getattr(request, by)
     if by == "akash_lease_id":
         return await session.scalar(select(Deployment).where(Deployment.akash_lease_id == value))
-    model = PaymentSession if by == "stripe_session_id" else Payment
-    owner = select(model.deployment_id).where(model.external_id == value, model.provider.in_(["stripe", "sandbox"]))
+    model = Payment if by == "stripe_payment_intent_id" else PaymentSession
+    providers = ["polar"] if by == "polar_id" else ["stripe", "sandbox"]
+    owner = select(model.deployment_id).where(model.external_id == value, model.provider.in_(providers))
     return await session.scalar(select(Deployment).where(Deployment.id.in_(owner)))

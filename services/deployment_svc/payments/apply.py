@@ -41,7 +41,9 @@ async def apply(session: AsyncSession, event: PaymentEvent, refund_check_s: floa
 def _settle(session: AsyncSession, d: Deployment, payment: Payment, refund_check_s: float) -> str:
     outcome = rules.settle(d, payment)
     if d.payment_id == payment.id and outcome.to == state.DEPLOYING:
-        if payment.provider in ("stripe", "sandbox"):
+        if payment.provider == "polar":
+            d.polar_id = payment.external_id
+        else:
             d.stripe_session_id, d.stripe_payment_intent_id = payment.session_id or d.stripe_session_id, payment.external_id
         payment.due_at = now() + timedelta(seconds=refund_check_s)
         d.error_message = ""

@@ -106,8 +106,9 @@ class Links:
             return True
         if page.status == "open":
             page = await checkout.expire(link.external_id)
-        if page.status == "expired":
-            # Not applied as an event: the wish lives on, with a new page on the same row.
+        if page.status != "complete":
+            # Not applied as an event: the wish lives on, with a new page on the same row. Not every provider can close a page; should
+            # somebody pay on the old one, the payment finds the wish all the same.
             await self._retire(link.id)
         else:
             await self.learn(d, page)
@@ -167,7 +168,10 @@ class Links:
                 stored.due_at = now() + timedelta(seconds=self.settings.payment_check_s)
             if row.state == state.PENDING and row.link_number == stored.link_number and stored.status == models.OPEN:
                 row.payment_url, row.payment_expires_at = stored.url, stored.expires_at
-                row.stripe_session_id = stored.external_id
+                if row.payment_provider == "polar":
+                    row.polar_id = stored.external_id
+                else:
+                    row.stripe_session_id = stored.external_id
                 repository.note(session, row, "payment.link", f"payment page {stored.link_number} is open")
             link.status, link.external_id, link.url = stored.status, stored.external_id, stored.url
 

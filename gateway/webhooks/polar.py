@@ -1,0 +1,79 @@
+"""What Polar's events mean. Pure; knows no HTTP.
+
+A checkout is paid at most once, so its id stands for the payment as well: the order, which Polar makes afterwards, names its checkout.
+"""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from clawplane.deployment.v1 import payment_pb2
+from gateway.webhooks import event as form
+from gateway.webhooks.event import BadEvent, Ignore
+
+_K = payment_pb2.PaymentEventKind
+# "confirmed" comes before the money, and before a failure too: nothing may start on it.
+_CHECKOUT_KINDS: Mapping[str, payment_pb2.PaymentEventKind.ValueType] = {
+    "succeeded": _K.PAYMENT_EVENT_KIND_COMPLETED,
+    "failed": _K.PAYMENT_EVENT_KIND_ASYNC_FAILED,
+    "expired": _K.PAYMENT_EVENT_KIND_EXPIRED,
+}
+_ORDER_KINDS: Mapping[str, payment_pb2.PaymentEventKind.ValueType] = {
+    "order.paid": _K.PAYMENT_EVENT_KIND_COMPLETED,
+    "order.refunded": _K.PAYMENT_EVENT_KIND_REFUNDED,
+}
+
+
+def translate(event: Any, message_id: str, now_s: float, *, livemode: bool) -> payment_pb2.PaymentEvent | Ignore:
+    """What an event means, or why nobody handles it; BadEvent when it has not the form of one. ``now_s`` counts when it has no time."""
+    event = form.mapping(event, "event")
+    kind = form.match(event.get("type"), form.TYPE, "type")
+    if kind not in _ORDER_KINDS and kind not in ("checkout.updated", "checkout.expired"):
+        return Ignore(message_id, kind, f"nobody handles events of type {kind}")
+    thing = form.mapping(event.get("data"), "data")
+    result = payment_pb2.PaymentEvent(provider="polar", external_id=message_id, type=kind, livemode=livemode)
+    result.occurred_at.FromMilliseconds(int(_time(event.get("timestamp"), now_s) * 1000))
+    metadata = thing.get("metadata")
+    if isinstance(metadata, dict) and form.is_deployment_id(metadata.get("deployment_id")):
+        result.deployment_id = metadata["deployment_id"]
+    # Tax comes on top of what was agreed, and is Polar's to collect.
+    result.amount_minor = form.integer(thing.get("net_amount") or 0, "data.net_amount")
+    currency = str(thing.get("currency") or "").lower()
+    result.currency = form.match(currency, form.CURRENCY, "data.currency") if currency else ""
+    reason = _order(result, thing) if kind in _ORDER_KINDS else _checkout(result, thing)
+    return Ignore(message_id, kind, reason) if reason else result
+
+
+def _order(result: payment_pb2.PaymentEvent, order: Mapping[str, Any]) -> str:
+    if order.get("checkout_id") is None:
+        return "the order comes from no checkout, so it is not one of ours"
+    result.session_id = result.payment_id = form.match(order["checkout_id"], form.EXTERNAL_ID, "data.checkout_id")
+    result.kind = _ORDER_KINDS[result.type]
+    result.paid = result.kind == _K.PAYMENT_EVENT_KIND_COMPLETED
+    if result.kind == _K.PAYMENT_EVENT_KIND_REFUNDED:
+        result.refunded_minor = form.integer(order.get("refunded_amount") or 0, "data.refunded_amount")
+    return ""
+
+
+def _checkout(result: payment_pb2.PaymentEvent, checkout: Mapping[str, Any]) -> str:
+    status = form.match(checkout.get("status"), form.TYPE, "data.status")
+    if status not in _CHECKOUT_KINDS:
+        return f"a checkout that is {status} is not paid yet"
+    result.session_id = form.match(checkout.get("id"), form.EXTERNAL_ID, "data.id")
+    result.kind = _CHECKOUT_KINDS[status]
+    if result.kind != _K.PAYMENT_EVENT_KIND_EXPIRED:
+        result.payment_id = result.session_id
+    result.paid = result.kind == _K.PAYMENT_EVENT_KIND_COMPLETED
+    return ""
+
+
+def _time(text: Any, now_s: float) -> float:
+    if text is None:
+        return now_s
+    try:
+        at = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise BadEvent("timestamp: must be an RFC 3339 time") from None
+    if at.tzinfo is None or not 2000 <= at.year < 9999:
+        raise BadEvent("timestamp: must be an RFC 3339 time")
+    return at.timestamp()
