@@ -39,7 +39,7 @@ TELEGRAM = "123456789:" + "A" * 35
 Metadata = tuple[tuple[str, str], ...]
 
 FAST: dict[str, Any] = {
-    "poll_s": 0.05, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 3,
+    "poll_s": 0.05, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
     "bid_timeout_s": 1, "ready_timeout_s": 3, "fail_after_s": 0.5, "payment_check_s": 300, "rate_limit": "1000000/minute",
 }  # fmt: skip
 

@@ -81,9 +81,5 @@ async def test_it_is_served_and_shown_without_anything_from_elsewhere(stack: Sta
 
 @pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_nothing_that_fits_or_breaks_it_makes_a_server_error(stack: Stack) -> None:
-    person = await stack.person()
-    said = await asyncio.gather(
-        break_it(stack.url, stack.operator, "--phases", "coverage"),
-        break_it(stack.url, person.metadata, "--phases", "examples,fuzzing", "--max-examples", "3"),
-    )
-    print(*said)
+    # Values at and beyond every limit; ten minutes of random ones are a matter of `make soak`.
+    print(await break_it(stack.url, stack.operator, "--phases", "coverage"))

@@ -1,8 +1,10 @@
 """Rows to messages and back, by field name. The message is the allow-list: a column without a field never leaves."""
 
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from google.api import field_behavior_pb2
@@ -18,21 +20,24 @@ from services.kit.errors import InvalidArgument
 M = TypeVar("M", bound=Message)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_AS_THEY_ARE = frozenset((str, int, bool, bytes))
 _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER}
 
 
 def to_proto(row: Any, kind: type[M]) -> M:
     """A message with every field that the row's class has under the same name; ``etag`` from the row's version."""
+    names, keep_empty, read = _shared(type(row), kind)  # type: ignore[arg-type]  # classes are hashable
     values: dict[str, Any] = {}
-    for name, attribute, keeps_empty in _shared(type(row), kind):  # type: ignore[arg-type]  # classes are hashable
-        value = getattr(row, attribute)
-        if value is None or not (value or keeps_empty):
-            continue
-        if isinstance(value, datetime):
-            value = _timestamp(value)
-        elif isinstance(value, Decimal):
-            value = format(value, "f")
-        values[name] = value
+    for name, kept, value in zip(names, keep_empty, read(row), strict=True):
+        if not value:
+            if value is not None and kept:
+                values[name] = value
+        elif type(value) in _AS_THEY_ARE:
+            values[name] = value
+        elif isinstance(value, datetime):
+            values[name] = _timestamp(value)
+        else:
+            values[name] = format(value, "f") if isinstance(value, Decimal) else value
     if "etag" in kind.DESCRIPTOR.fields_by_name and (version := getattr(row, "version", None)) is not None:
         values["etag"] = str(version)
     return kind(**values)
@@ -45,15 +50,17 @@ def columns_for(model: Any, kind: type[Message], *more: str) -> list[Any]:
 
 
 @cache
-def _shared(row: Any, kind: Any) -> tuple[tuple[str, str, bool], ...]:
-    """(field, attribute, whether it says something when it is empty) for what a class of rows and a message have in common."""
+def _shared(row: Any, kind: Any) -> tuple[tuple[str, ...], tuple[bool, ...], Callable[[Any], Sequence[Any]]]:
+    """What a class of rows and a message have in common: the fields, whether an empty value says something, and how to read all at once."""
     shared = []
     for field in kind.DESCRIPTOR.fields:
         # An attribute may carry an underscore where its own name means something else on a model (metadata).
         attribute = next((name for name in (f"{field.name}_", field.name) if hasattr(row, name)), None)
         if attribute is not None:
-            shared.append((field.name, attribute, field.has_presence and field.message_type is None))
-    return tuple(shared)
+            shared.append((field.name, field.has_presence and field.message_type is None, attribute))
+    names, keep_empty, attributes = zip(*shared, strict=True)
+    read = attrgetter(*attributes)
+    return names, keep_empty, read if len(attributes) > 1 else lambda one: (read(one),)
 
 
 def _timestamp(value: datetime) -> timestamp_pb2.Timestamp:

@@ -45,10 +45,13 @@ class Step(Enum):
     CLOSE = "close"
 
 
+_WORDS: dict[int, "Status.ValueType"] = {PENDING: Status.STATUS_PENDING, DEPLOYING: Status.STATUS_DEPLOYING, ACTIVE: Status.STATUS_ACTIVE}
+_FAILED = Status.STATUS_FAILED
+
+
 def status_of(state: int) -> "Status.ValueType":
     """The state in the seeds' four words."""
-    words = {PENDING: Status.STATUS_PENDING, DEPLOYING: Status.STATUS_DEPLOYING, ACTIVE: Status.STATUS_ACTIVE}
-    return words.get(state, Status.STATUS_FAILED)  # type: ignore[call-overload, no-any-return]
+    return _WORDS.get(state, _FAILED)
 
 
 def next_step(d: Deployment) -> Step:
