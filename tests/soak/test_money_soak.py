@@ -193,6 +193,7 @@ async def test_every_paid_deployment_starts_exactly_once_small(databases: Databa
     await run(databases, market, tmp_path, 20, 400, seed=7)
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_every_paid_deployment_is_one_process(databases: Databases, tmp_path: Path) -> None:
     try:
         await run(databases, None, tmp_path, 5, 100, seed=22)
