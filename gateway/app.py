@@ -17,6 +17,8 @@ from starlette.staticfiles import StaticFiles
 from gateway import health, httprule
 from gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, render
 from gateway.middleware import BodyLimit, Observe, SecurityHeaders
+from gateway.models import sandbox as simulated_model
+from gateway.models.endpoint import Endpoint
 from gateway.openapi import page as openapi
 from gateway.sandbox import Sandbox
 from gateway.settings import GatewaySettings
@@ -57,6 +59,11 @@ def create_app(
         routes.append(Route("/webhooks/clerk", clerk.receive, methods=["POST"]))
     if settings.sandbox_enabled:
         routes.extend(Sandbox(settings, channels[DEPLOYMENT], service_metadata).routes())
+        routes.extend(simulated_model.routes())
+    models = Endpoint(
+        settings.upstreams(), channels[DEPLOYMENT], service_metadata, settings.call_timeout_s, settings.model_upstream_timeout_s
+    )
+    routes.extend(models.routes())
     # An exact list; credentials are headers that a page sets itself, never cookies.
     cors = Middleware(
         CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
@@ -73,6 +80,7 @@ def create_app(
     app.router.redirect_slashes = False
     # Set when the process stops: open streams end then.
     app.state.stopping = asyncio.Event()
+    app.state.models = models
     return app
 
 

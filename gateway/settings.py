@@ -5,6 +5,7 @@ import re
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from gateway.models.upstreams import Upstream, simulated
 from gateway.webhooks.clerk import key_of
 from services.kit.settings import KitSettings
 
@@ -35,6 +36,12 @@ class GatewaySettings(KitSettings):
     sandbox_allow_remote: bool = Field(False, description="lets the sandbox listen on an address that is not a loopback one")
     sandbox_webhook_secret: SecretStr = Field(SecretStr(""), description="signs the sandbox's own webhooks")
     webhook_tolerance_s: int = Field(300, ge=1, description="how far a signature's time may be from ours, either way")
+
+    model_upstreams: list[Upstream] = Field(
+        default_factory=list,
+        description="providers of models, as JSON: provider, prefixes, base_url, api_key; empty: none, in the sandbox simulated ones",
+    )
+    model_upstream_timeout_s: float = Field(120, gt=0, description="longest silence of a model's provider")
 
     cors_origins: list[str] = Field(
         default_factory=list, description="origins whose pages may call this gateway, https://app.example.com; empty: none"
@@ -79,6 +86,10 @@ class GatewaySettings(KitSettings):
         if not is_loopback(self.http_host) and not self.sandbox_allow_remote:
             raise ValueError("the sandbox listens on loopback addresses only; CLAWPLANE_SANDBOX_ALLOW_REMOTE=true overrides this")
         return self
+
+    def upstreams(self) -> list[Upstream]:
+        """The providers of models."""
+        return self.model_upstreams or (simulated(self.own_base_url()) if self.sandbox_enabled else [])
 
     def own_base_url(self) -> str:
         """Where this process reaches itself: ``http://host:port``."""

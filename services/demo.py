@@ -247,7 +247,7 @@ class Demo:
             return found if found.total.events == 2 else None
 
         found = await _until("the bot's usage to be counted", check)
-        self.say(f"usage: the bot reported {found.total.events} calls with its own key, {found.total.tokens_total} tokens")
+        self.say(f"usage: the model endpoint counted {found.total.events} calls of the bot, {found.total.tokens_total} tokens")
         for row in found.sums:
             self.say(f"summary: {row.day} {row.model}: {row.tokens_in} in, {row.tokens_out} out, {row.cost} {row.currency.upper()}")
 

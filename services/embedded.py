@@ -18,7 +18,7 @@ import uvicorn
 from gateway.app import create_app as create_gateway
 from gateway.settings import GatewaySettings
 from services.deployment_svc.app import create_app as create_deployment
-from services.deployment_svc.providers.local import LocalDriver
+from services.deployment_svc.markets.local import LocalDriver
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import clients, devkeys, workers
 from services.kit.auth import TokenSigner
@@ -32,8 +32,8 @@ from services.user_svc.settings import UserSettings
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
-GATEWAY_PERMISSIONS = ("payments.apply", "sandbox.use", "users.sync", "webhooks.ignore")
-"""What the gateway's own token may do: webhooks and the sandbox's page, nothing else."""
+GATEWAY_PERMISSIONS = ("models.settle", "payments.apply", "sandbox.use", "users.sync", "webhooks.ignore")
+"""What the gateway's own token may do: webhooks, the sandbox's page and what model calls have used, nothing else."""
 _ISSUERS = {UserSettings: "user_svc", DeploymentSettings: "deployment_svc", GatewaySettings: "gateway"}
 
 
@@ -116,6 +116,7 @@ class Stack:
             self._app.state.stopping.set()
             self._http.should_exit = True
             await self._http_task
+            await self._app.state.models.close()
         for channel in self._channels:
             await channel.close()
         if self.grpc:

@@ -20,7 +20,9 @@ from clawplane.deployment.v1 import (
     deployment_pb2,
     deployment_service_pb2,
     deployment_service_pb2_grpc,
+    model_call_service_pb2_grpc,
     payment_service_pb2_grpc,
+    provider_service_pb2_grpc,
     sandbox_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
@@ -40,7 +42,9 @@ Metadata = tuple[tuple[str, str], ...]
 
 FAST: dict[str, Any] = {
     "poll_s": 0.05, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
-    "bid_timeout_s": 1, "ready_timeout_s": 3, "fail_after_s": 0.5, "payment_check_s": 300, "rate_limit": "1000000/minute",
+    "bid_timeout_s": 1, "ready_timeout_s": 3, "fail_after_s": 0.5, "payment_check_s": 300,
+    # Tests share the market: what one of them does to a provider must not count in the next.
+    "blacklist_failures": 1_000_000, "score_window_s": 0.001, "rate_limit": "1000000/minute",
 }  # fmt: skip
 
 
@@ -100,6 +104,8 @@ class Stack:
         self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(self.channel)
         self.payments = payment_service_pb2_grpc.PaymentServiceStub(self.channel)
         self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(self.channel)
+        self.model_calls = model_call_service_pb2_grpc.ModelCallServiceStub(self.channel)
+        self.providers = provider_service_pb2_grpc.ProviderServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
         self.sandbox = sandbox_service_pb2_grpc.SandboxServiceStub(self.channel)
         self.operator: Metadata = (("authorization", f"Bearer {self.keys['operator_token']}"),)

@@ -15,7 +15,14 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from clawplane.deployment.v1 import blacklist_service_pb2, deployment_pb2, deployment_service_pb2, usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import (
+    blacklist_service_pb2,
+    deployment_pb2,
+    deployment_service_pb2,
+    model_call_service_pb2,
+    usage_event_pb2,
+    usage_service_pb2,
+)
 from clawplane.user.v1 import user_pb2, user_service_pb2
 from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
@@ -158,6 +165,8 @@ class Scene:
         await self._at_polar(await self.order(person, LISTED["model"]), f"checkout-{tag}")
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
+        opened = model_call_service_pb2.OpenModelCallRequest(provider="openai", model="gpt-3.2", tokens_in_estimate=1, max_tokens=1)
+        await stack.model_calls.OpenModelCall(opened, metadata=person.metadata)
         said = user_service_pb2.SyncClerkUserRequest(external_id=tag, clerk_user_id=f"clerk_{tag}", email=user.email, full_name="Victim")
         said.occurred_at.GetCurrentTime()
         await stack.users.SyncClerkUser(said, metadata=stack.operator)

@@ -22,8 +22,8 @@ from tests.simulators.market import MarketSimulator
 CALLS: dict[Step, list[tuple[str, int]]] = {
     Step.CREATE: [("find", 0), ("create", 0)],
     Step.CHOOSE: [("offers", 0)],
-    Step.LEASE: [("observe", 0), ("lease", 0)],
-    Step.READY: [("observe", 1)],
+    Step.LEASE: [("lease", 0)],
+    Step.READY: [("observe", 0)],
     Step.CLOSE: [("close", 0), ("find", 1)],
 }
 WITHOUT_A_CALL = {Step.NOTHING, Step.INTEND, Step.WATCH, Step.UNDO}
@@ -113,7 +113,9 @@ async def test_a_bot_outlives_the_service_and_is_adopted(databases: Databases, t
             processes.running[1].kill()
             processes.running[1].wait()
             assert (await bot.get(f"{live.provider_url}/health")).json()["status"] == "ok"
-            assert (await bot.post(f"{live.provider_url}/chat", json={"message": "still there?"})).status_code == 200
+            # Its model cannot be asked meanwhile, which it says.
+            refused = await bot.post(f"{live.provider_url}/chat", json={"message": "still there?"})
+            assert (refused.status_code, refused.json()["error"]["field"]) == (502, "model")
             processes.running[1] = processes.start(1)
             await processes.ready()
             await asyncio.sleep(2)

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from services.deployment_svc.providers.driver import Order, ProviderError, Secrets, Spec
-from services.deployment_svc.providers.local import PRICES, LocalDriver
+from services.deployment_svc.markets.driver import Order, ProviderError, Secrets, Spec
+from services.deployment_svc.markets.local import PRICES, LocalDriver
 from tests.harness import eventually
 
 SPEC = Spec("clawplane-dep_1", "dep_1", "org_1", "claude-opus-4.5", "telegram")
@@ -40,9 +40,9 @@ def bots(folder: Path) -> list[psutil.Process]:
 
 async def start(driver: LocalDriver, spec: Spec = SPEC, start_id: str = "start-1") -> Order:
     """An order whose bot was started."""
-    order = await driver.create(spec)
+    order = await driver.create(spec, SECRETS, start_id)
     offer = (await driver.offers(order))[0]
-    await driver.lease(order, offer, spec, SECRETS, start_id)
+    await driver.lease(order, offer)
     return order
 
 
@@ -53,19 +53,19 @@ async def phase(driver: LocalDriver, order: Order) -> str:
 
 async def test_the_life_of_an_order(driver: LocalDriver, tmp_path: Path) -> None:
     assert await driver.find(SPEC.name) == []
-    order = await driver.create(SPEC)
-    assert await driver.find(SPEC.name) == [order] and await driver.find(f"{SPEC.name}2") == []
+    order = await driver.create(SPEC, SECRETS, "start-1")
+    assert await driver.find(SPEC.name) == [order.id] and await driver.find(f"{SPEC.name}2") == []
     assert await phase(driver, order) == "ordered" and not bots(tmp_path)
     offers = await driver.offers(order)
     assert {offer.provider: offer.price for offer in offers} == PRICES
-    lease = await driver.lease(order, offers[1], SPEC, SECRETS, "start-1")
+    lease = await driver.lease(order, offers[1])
     seen = await driver.observe(order.id)
     assert (seen.phase, seen.lease_id, seen.provider, seen.start_id) == ("ready", lease.id, offers[1].provider, "start-1")
     async with httpx.AsyncClient(trust_env=False) as http:
         health = (await http.get(f"{seen.url}/health")).json()
         assert (health["status"], health["deployment_id"], health["start_id"]) == ("ok", "dep_1", "start-1")
         # Once more starts nothing more.
-        assert await driver.lease(order, offers[0], SPEC, SECRETS, "start-2") == lease
+        assert await driver.lease(order, offers[0]) == lease
         assert len(bots(tmp_path)) == 1
         await driver.close(order.id)
         with pytest.raises(httpx.ConnectError):
@@ -77,9 +77,9 @@ async def test_the_life_of_an_order(driver: LocalDriver, tmp_path: Path) -> None
 
 async def test_ten_leases_at_once_from_two_drivers_start_one_process(driver: LocalDriver, tmp_path: Path) -> None:
     other = LocalDriver(tmp_path, "http://127.0.0.1:9")
-    order = await driver.create(SPEC)
+    order = await driver.create(SPEC, SECRETS, "start-1")
     offer = (await driver.offers(order))[0]
-    leases = await asyncio.gather(*(one.lease(order, offer, SPEC, SECRETS, f"s{n}") for n in range(5) for one in (driver, other)))
+    leases = await asyncio.gather(*(one.lease(order, offer) for _ in range(5) for one in (driver, other)))
     assert len({lease.id for lease in leases}) == 1 and len(bots(tmp_path)) == 1
     # The one that did not start it knows as much, and ends it as well.
     assert (await other.observe(order.id)).phase == (await driver.observe(order.id)).phase == "ready"
@@ -142,7 +142,7 @@ async def test_stopping_all_keeps_the_orders(driver: LocalDriver, tmp_path: Path
     await driver.stop_all()
     assert not bots(tmp_path)
     assert [await phase(driver, order) for order in orders] == ["lost"] * 3
-    assert await driver.find("clawplane-dep_1") == [orders[1]]
+    assert await driver.find("clawplane-dep_1") == [orders[1].id]
 
 
 async def test_a_bot_ends_when_asked(driver: LocalDriver, tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ async def test_an_order_that_is_gone(driver: LocalDriver) -> None:
     gone = Order("ord-" + "0" * 32, SPEC.name)
     assert await phase(driver, gone) == "absent"
     await driver.close(gone.id)
-    offer = (await driver.offers(await driver.create(SPEC)))[0]
-    for call in (driver.offers(gone), driver.lease(gone, offer, SPEC, SECRETS, "s")):
+    offer = (await driver.offers(await driver.create(SPEC, SECRETS, "start-1")))[0]
+    for call in (driver.offers(gone), driver.lease(gone, offer)):
         with pytest.raises(ProviderError, match="no order"):
             await call
 

@@ -1,7 +1,6 @@
 """The state machine alone: which states follow which, what comes next, when to give up."""
 
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from itertools import product
 
 import pytest
@@ -13,8 +12,6 @@ from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments import repository, state
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.deployments.state import Step, next_step
-from services.deployment_svc.deployments.steps import choose
-from services.deployment_svc.providers.driver import Offer
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import ids
 from services.kit.errors import InvalidState
@@ -116,7 +113,9 @@ def take(d: Deployment, step: Step, good: bool, at: datetime, market: list[str])
         d.order_intended, d.attempts, d.attempting_since = True, d.attempts + 1, d.attempting_since or at
     elif not good:
         d.tried_providers = [*{*d.tried_providers, *([d.provider] if d.provider else [])}]
-        verdict = state.after_failure(d, bool({*d.bidders} - {*d.tried_providers}), at, SETTINGS)
+        untried = bool({*d.bidders} - {*d.tried_providers})
+        verdict = state.after_failure(d, untried, at, SETTINGS)
+        d.attempts -= untried
         d.undoing, d.state = True, state.FAILED if verdict.give_up else d.state
         return verdict.retry_at + timedelta(seconds=60)
     elif step is Step.CREATE:
@@ -154,16 +153,3 @@ def test_every_row_comes_to_an_end(
         assert d.state == state.ACTIVE and d.akash_lease_id
     if lasting and not was_closing and d.state != state.ACTIVE:
         assert d.state == state.FAILED
-
-
-def test_the_choice() -> None:
-    def offer(name: str, price: str, uptime: str | None = None) -> Offer:
-        return Offer(name, Decimal(price), Decimal(uptime) if uptime else None)
-
-    # No binary float tells the first two apart.
-    cheap, dear = offer("z", "0.1000000000000000001"), offer("a", "0.1000000000000000002")
-    assert choose([dear, cheap], []) is cheap
-    assert choose([dear, cheap], ["z"]) is dear and choose([dear, cheap], ["z", "a"]) is cheap
-    steady, shaky, unknown = offer("c", "1", "0.99"), offer("b", "1", "0.5"), offer("a", "1")
-    assert choose([unknown, shaky, steady], []) is steady and choose([unknown, shaky], []) is shaky
-    assert choose([offer("b", "1"), offer("a", "1")], []).provider == "a"

@@ -17,8 +17,8 @@ from tests.test_contract import rule_of
 _PREFIX = re.compile(r"([a-z]+)_\[0-9a-f\]\{32\}")
 _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER, field_behavior_pb2.IMMUTABLE}
 _IGNORED_WHEN_EMPTY = 1
-LISTED = {"model": "gpt-3.2"}
-"""What only a service's settings allow: no descriptor says it."""
+LISTED = {"model": "gpt-3.2", "clawplane.deployment.v1.OpenModelCallRequest.provider": "openai"}
+"""What only a service's settings allow: no descriptor says it. By the name of a field, in one message or in all."""
 Values = Callable[[str], Sequence[Any]]
 """Field name -> what a field of this name may well hold: the values of rows that exist."""
 
@@ -51,6 +51,11 @@ class Request:
         for text in self.texts:
             raw = raw.replace(text.encode(), unknown(text).encode())
         return replace(self, message=type(self.message).FromString(raw))
+
+
+def allowed_in(field: FieldDescriptor) -> str | None:
+    """The value that settings allow in a field; None when they say nothing of it."""
+    return LISTED.get(field.full_name) or LISTED.get(field.name)
 
 
 def unknown(text: str) -> str:
@@ -116,7 +121,7 @@ class Maker:
         self._repair(message)
         if self.reads:
             # A look-up by something that is no id names a row as well.
-            texts += [text for field, text in message.ListFields() if isinstance(text, str) and text in self.values(field.name) and field.name not in LISTED and text not in texts]
+            texts += [text for field, text in message.ListFields() if isinstance(text, str) and text in self.values(field.name) and allowed_in(field) is None and text not in texts]
         required = any(reference.required for reference in wanted) or len(texts) > len(wanted)
         return Request(message, tuple(wanted), tuple(texts), required)
 
@@ -176,7 +181,7 @@ class Maker:
                 inner.SetInParent()
                 self._repair(inner)
             return
-        known, made_up = [] if field.name in LISTED else self.values(field.name), _made_up(field)
+        known, made_up = [] if allowed_in(field) is not None else self.values(field.name), _made_up(field)
         # An id without a prefix is the caller's own to choose, as that of a usage event.
         kind = str if field.type == FieldDescriptor.TYPE_STRING else int
         known = [value for value in known if type(value) is kind]
@@ -187,8 +192,9 @@ class Maker:
 
 def _made_up(field: FieldDescriptor) -> Iterable[Any]:
     rules = rule_of(field)
-    if field.name in LISTED:
-        return [LISTED[field.name]]
+    allowed = allowed_in(field)
+    if allowed is not None:
+        return [allowed]
     if field.type == FieldDescriptor.TYPE_ENUM:
         return [value.number for value in field.enum_type.values if value.number]
     if field.type == FieldDescriptor.TYPE_BOOL:

@@ -7,7 +7,9 @@ from typing import Any
 from clawplane.deployment.v1 import (
     blacklist_service_pb2_grpc,
     deployment_service_pb2_grpc,
+    model_call_service_pb2_grpc,
     payment_service_pb2_grpc,
+    provider_service_pb2_grpc,
     sandbox_service_pb2_grpc,
     usage_service_pb2_grpc,
     webhook_service_pb2_grpc,
@@ -22,14 +24,19 @@ from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
 from services.deployment_svc.deployments.service import DeploymentService
 from services.deployment_svc.deployments.steps import Steps
+from services.deployment_svc.markets.akash import AkashDriver
+from services.deployment_svc.markets.console import Console
+from services.deployment_svc.markets.driver import Driver
+from services.deployment_svc.markets.local import LocalDriver
+from services.deployment_svc.model_calls.service import ModelCallService
 from services.deployment_svc.organizations.reconcile import OrganizationReconciler
 from services.deployment_svc.payments.checkout import Checkout
 from services.deployment_svc.payments.links import Links
 from services.deployment_svc.payments.polar import PolarCheckout
 from services.deployment_svc.payments.reconcile import PaymentChecker
 from services.deployment_svc.payments.service import PaymentService
-from services.deployment_svc.providers.driver import Driver
-from services.deployment_svc.providers.local import LocalDriver
+from services.deployment_svc.providers.models import ProviderOutcome
+from services.deployment_svc.providers.service import ProviderService
 from services.deployment_svc.sandbox.checkout import SandboxCheckout
 from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
@@ -47,7 +54,7 @@ from services.kit.server import App
 
 PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
 
-KEPT = {IdempotencyKey: timedelta(0), BlacklistEntry: timedelta(days=90)}
+KEPT = {IdempotencyKey: timedelta(0), BlacklistEntry: timedelta(days=90), ProviderOutcome: timedelta(0)}
 """How long rows stay after they have ended."""
 
 
@@ -70,6 +77,8 @@ def create_app(settings: DeploymentSettings) -> App:
         "deployment_svc", settings, db,
         Authenticator(settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}), AuditEvent, IdempotencyKey, box,
     )  # fmt: skip
+    prices = PriceBook.load(settings.prices_file)
+    model_calls = ModelCallService(db, settings, prices, entitlements)
     organizations = OrganizationReconciler(db, users, links, provisioning.wake)
     add_sandbox = [(sandbox_service_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxService())]
     return App(
@@ -82,10 +91,9 @@ def create_app(settings: DeploymentSettings) -> App:
             (payment_service_pb2_grpc.add_PaymentServiceServicer_to_server, PaymentService(settings, provisioning.wake)),
             (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(settings, provisioning.wake)),
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
-            (
-                usage_service_pb2_grpc.add_UsageServiceServicer_to_server,
-                UsageService(db, settings, PriceBook.load(settings.prices_file)),
-            ),
+            (provider_service_pb2_grpc.add_ProviderServiceServicer_to_server, ProviderService(settings)),
+            (usage_service_pb2_grpc.add_UsageServiceServicer_to_server, UsageService(db, settings, prices)),
+            (model_call_service_pb2_grpc.add_ModelCallServiceServicer_to_server, model_calls),
             *(add_sandbox if settings.sandbox_enabled else []),
         ],
         loops=[
@@ -93,6 +101,7 @@ def create_app(settings: DeploymentSettings) -> App:
             Loop("payment-checks", checker.tick, settings.poll_s),
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
+            Loop("model-calls", model_calls.settle_abandoned, settings.poll_s),
             partitions.keeper(db, PARTITIONED),
             purge.purger(db, KEPT),
         ],
@@ -117,11 +126,23 @@ def _checkouts(db: Database, settings: DeploymentSettings) -> dict[str, Checkout
 
 
 def _driver(settings: DeploymentSettings) -> Driver:
+    model_url = settings.model_url or f"{settings.public_url}/v1"
     if settings.driver == "local":
-        return LocalDriver(settings.data_dir / "local", settings.usage_url or settings.public_url, dict(settings.local_providers))
+        return LocalDriver(settings.data_dir / "local", model_url, dict(settings.local_providers))
+    if settings.driver == "akash":
+        return _akash(settings, model_url)
     module, _, name = settings.driver.partition(":")
     factory: Any = getattr(importlib.import_module(module), name or "create", None)
     if factory is None:
-        raise ValueError('CLAWPLANE_DRIVER must be "local" or "package.module:factory"')
+        raise ValueError('CLAWPLANE_DRIVER must be "local", "akash" or "package.module:factory"')
     driver: Driver = factory(**settings.driver_options)
     return driver
+
+
+def _akash(settings: DeploymentSettings, model_url: str) -> Driver:
+    assert settings.akash_bot is not None
+    console = Console(settings.akash_api_base, settings.akash_api_key.get_secret_value(), settings.step_timeout_s)
+    return AkashDriver(
+        console, settings.akash_bot, model_url, block_s=settings.akash_block_s, deposit_usd=settings.akash_deposit_usd,
+        health_path=settings.akash_health_path,
+    )  # fmt: skip

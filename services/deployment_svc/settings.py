@@ -1,12 +1,15 @@
 """Settings of the deployment service."""
 
 from decimal import Decimal
+from fractions import Fraction
 from typing import Literal
 
 from pydantic import Field, SecretStr, model_validator
 
+from services.deployment_svc.markets.sdl import BotTemplate
 from services.kit.settings import KitSettings
 
+_AKASH = {"bid_window_s": 15.0, "bid_timeout_s": 180.0, "ready_timeout_s": 900.0, "watch_s": 60.0, "step_timeout_s": 120.0, "lease_s": 60.0}
 
 class DeploymentSettings(KitSettings):
     """Read from the environment as ``CLAWPLANE_<NAME>``."""
@@ -38,13 +41,21 @@ class DeploymentSettings(KitSettings):
     )
 
     # Provisioning.
-    driver: str = Field("local", description='"local", or "package.module:factory" of a driver of your own')
+    driver: str = Field("local", description='"local", "akash", or "package.module:factory" of a driver of your own')
     driver_options: dict[str, str] = Field(default_factory=dict, description="keyword arguments of such a factory")
     local_providers: dict[str, Decimal] = Field(
         {"local-a": Decimal("0.010"), "local-b": Decimal("0.012"), "local-c": Decimal("0.015")},
         description="the local driver's providers and their prices an hour",
     )
-    usage_url: str = Field("", description="where bots report usage; empty: public_url")
+    akash_api_key: SecretStr = Field(SecretStr(""), description="key of Akash's Console API, ac.sk....")
+    akash_api_base: str = Field("https://console-api.akash.network", description="base URL of the Console API")
+    akash_bot: BotTemplate | None = Field(
+        None, description='what a bot is made of, as JSON; "image" is needed: {"image": "registry/bot:1.2.3"}'
+    )
+    akash_block_s: Decimal = Field(Decimal("6.1"), gt=0, description="how long a block of Akash takes; offers are prices a block")
+    akash_deposit_usd: Decimal = Field(Decimal(0), ge=0, description="deposit of an order; 0: the Console funds it from the account")
+    akash_health_path: str = Field("/", description="what is asked of a bot on Akash to see that it answers")
+    model_url: str = Field("", description="where bots ask their models; empty: /v1 of public_url")
     poll_s: float = Field(1, gt=0, description="how often due work is looked for")
     lease_s: float = Field(15, gt=0, description="work of a dead process is taken over after this")
     concurrency: int = Field(16, ge=1, description="deployments that one process works on at once")
@@ -63,6 +74,23 @@ class DeploymentSettings(KitSettings):
     fail_after_attempts: int = Field(3, ge=1, description="attempts before a deployment may fail")
     fail_after_s: float = Field(15 * 60, ge=0, description="time over which attempts are made before a deployment may fail")
 
+    silent_timeout_s: float = Field(600, gt=0, description="a running bot that does not answer this long is lost")
+
+    # The blacklist's own rule.
+    blacklist_failures: int = Field(3, ge=1, description="failures of a provider within blacklist_window_s that exclude it")
+    blacklist_deployments: int = Field(2, ge=1, description="how many deployments they must be of")
+    blacklist_window_s: float = Field(3600, gt=0, description="time over which failures are counted")
+    blacklist_first_s: float = Field(3600, gt=0, description="first exclusion; each further one doubles")
+    blacklist_max_s: float = Field(7 * 24 * 3600, gt=0, description="longest exclusion by the rule")
+    blacklist_share: Fraction = Field(Fraction(1, 3), ge=0, le=1, description="most of the bidders that may be excluded, as 1/3 or 0.25")
+    unproven_in_flight: int = Field(3, ge=1, description="bots that a provider may bring up at once before one has ever come up")
+    score_window_s: float = Field(7 * 24 * 3600, gt=0, description="outcomes that count when a provider is chosen")
+    outcome_kept_s: float = Field(30 * 24 * 3600, gt=0, description="how long outcomes are kept")
+
+    # The model endpoint.
+    model_max_tokens: int = Field(8192, ge=1, description="most tokens of one answer; held for a call that names no number of its own")
+    model_call_s: float = Field(900, gt=0, description="a call that is not settled by then is settled by estimate")
+
     # Usage.
     usage_late_days: int = Field(35, ge=1, description="how late an event may be reported")
     usage_ahead_s: int = Field(300, ge=0, description="how far ahead of time an event may be")
@@ -77,6 +105,18 @@ class DeploymentSettings(KitSettings):
     def key_environment(self) -> str:
         """The environment written into keys."""
         return "live" if self.environment == "production" else "test"
+
+    @model_validator(mode="after")
+    def _akash_takes_its_time(self) -> "DeploymentSettings":
+        """A network of strangers is slower than processes on this machine: other defaults, for what was not set."""
+        if self.driver != "akash":
+            return self
+        if not (self.akash_api_key.get_secret_value() and self.akash_bot):
+            raise ValueError("CLAWPLANE_AKASH_API_KEY and CLAWPLANE_AKASH_BOT are needed when CLAWPLANE_DRIVER is akash")
+        for name, value in _AKASH.items():
+            if name not in self.model_fields_set:
+                setattr(self, name, value)
+        return self
 
     @model_validator(mode="after")
     def _sandbox_is_safe(self) -> "DeploymentSettings":

@@ -30,7 +30,9 @@ def to_proto(row: Any, kind: type[M]) -> M:
     values: dict[str, Any] = {}
     for name, kept, value in zip(names, keep_empty, read(row), strict=True):
         if not value:
-            if value is not None and kept:
+            if isinstance(value, Decimal):
+                values[name] = "0"  # An empty text would say that it is not known.
+            elif value is not None and kept:
                 values[name] = value
         elif type(value) in _AS_THEY_ARE:
             values[name] = value

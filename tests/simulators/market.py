@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from services.deployment_svc.providers.driver import Lease, Observation, Offer, Order, ProviderError, Secrets, Spec
+from services.deployment_svc.markets.driver import Lease, Observation, Offer, Order, ProviderError, Secrets, Spec
 
 Json = dict[str, Any]
 # Plain HTTP only; httpx's own context would read a file of certificates for every client.
@@ -142,20 +142,21 @@ class MarketDriver:
         # httpx walks its whole queue for every request, so the queue is kept here.
         self._turn = asyncio.Semaphore(20)
 
-    async def create(self, spec: Spec) -> Order:
-        placed = await self._call("POST", "/orders", {"name": spec.name, "spec": asdict(spec)})
+    async def create(self, spec: Spec, secrets: Secrets, start_id: str) -> Order:
+        body = {"name": spec.name, "spec": asdict(spec), "secrets": asdict(secrets), "start_id": start_id}
+        placed = await self._call("POST", "/orders", body)
         return Order(placed["id"], placed["name"], placed["manifest"])
 
-    async def find(self, name: str) -> list[Order]:
-        return [Order(one["id"], one["name"], one["manifest"]) for one in await self._call("GET", "/orders", name=name)]
+    async def find(self, name: str) -> list[str]:
+        return [one["id"] for one in await self._call("GET", "/orders", name=name)]
 
     async def offers(self, order: Order) -> list[Offer]:
         bids = await self._call("GET", f"/orders/{order.id}/bids")
         uptimes = [None if bid["uptime"] is None else Decimal(bid["uptime"]) for bid in bids]
         return [Offer(bid["provider"], Decimal(bid["price"]), up, bid["id"]) for bid, up in zip(bids, uptimes, strict=True)]
 
-    async def lease(self, order: Order, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
-        body = {"provider": offer.provider, "start_id": start_id, "manifest": order.manifest, "secrets": asdict(secrets)}
+    async def lease(self, order: Order, offer: Offer) -> Lease:
+        body = {"provider": offer.provider, "manifest": order.manifest}
         lease = await self._call("POST", f"/orders/{order.id}/lease", body)
         return Lease(lease["id"], lease["provider"])
 
@@ -191,9 +192,10 @@ class Placed:
     name: str
     manifest: str
     spec: Json
+    secrets: Json
+    start_id: str
     state: str = "open"
     lease: Json | None = None
-    secrets: Json | None = None
     starts: int = 0
 
     def public(self) -> Json:
@@ -218,7 +220,7 @@ class Market:
 
     def create(self, body: Json) -> Placed:
         number = len(self.orders) + 1
-        order = Placed(f"order-{number}", body["name"], f"manifest-{number}", body["spec"])
+        order = Placed(f"order-{number}", body["name"], f"manifest-{number}", body["spec"], body["secrets"], body["start_id"])
         self.orders[order.id] = order
         self.live.setdefault(order.name, {})[order.id] = order
         return order
@@ -240,8 +242,7 @@ class Market:
             return 409, {"error": "refused"}
         order.starts += 1
         order.state = "leased"
-        order.lease = {"id": f"lease-{order.id}", "provider": body["provider"], "start_id": body["start_id"], "at": time.time()}
-        order.secrets = body["secrets"]
+        order.lease = {"id": f"lease-{order.id}", "provider": body["provider"], "start_id": order.start_id, "at": time.time()}
         self.starts[order.name] += 1
         self.peaks[order.name] = max(self.peaks[order.name], self.running(order.name))
         return 200, order.lease

@@ -21,7 +21,7 @@ import pytest
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, payment_service_pb2, sandbox_service_pb2
 from gateway import sandbox_events
 from gateway.webhooks.stripe import sign
-from services.deployment_svc.providers.local import LocalDriver
+from services.deployment_svc.markets.local import LocalDriver
 from services.user_svc.settings import TIERS, Tier
 from tests.conftest import Databases
 from tests.harness import Person, Stack, eventually, running

@@ -1,5 +1,7 @@
 """BlacklistService: providers that get no deployments."""
 
+from typing import Any
+
 from sqlalchemy import select
 
 from clawplane.deployment.v1 import blacklist_entry_pb2, blacklist_service_pb2, blacklist_service_pb2_grpc
@@ -18,10 +20,12 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
     async def AddBlacklistEntry(
         self, request: blacklist_service_pb2.AddBlacklistEntryRequest, call: Call
     ) -> blacklist_entry_pb2.BlacklistEntry:
-        values = {
+        values: dict[str, Any] = {
             "reason": request.reason or "Provider blacklisted",
             "expires_at": to_datetime(request.expires_at) if request.HasField("expires_at") else None,
-        }
+            # An operator's word replaces what the rule has found.
+            "by_rule": False, "on_probation": False, "strikes": 0, "evidence": [],
+        }  # fmt: skip
         async with call.transaction() as session:
             insert = insert_for(session)
             await session.execute(

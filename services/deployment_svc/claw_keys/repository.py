@@ -12,7 +12,7 @@ from services.kit.db import ALL, Database
 from services.kit.secrets import SecretBox
 
 PREFIX, ID_PREFIX = "claw", "ckey"
-PERMISSIONS = frozenset({"usage.record"})
+PERMISSIONS = frozenset({"usage.record", "models.call"})
 """All that a bot may do."""
 
 

@@ -76,6 +76,8 @@ class Deployment(Versioned, Tenant, Leased, Base):
     akash_lease_id: Mapped[str | None] = mapped_column(String(255), index=True)
     leased_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     provider_url: Mapped[str] = mapped_column(Text, default="")
+    silent_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """Since when a running bot has not answered."""
     undoing: Mapped[bool] = mapped_column(Boolean, default=False)
     """The attempt failed: its order has to be closed before the next one."""
     activated_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

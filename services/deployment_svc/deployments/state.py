@@ -106,4 +106,4 @@ def forget_order(d: Deployment) -> None:
     d.akash_deployment_id = d.manifest_sealed = d.offers_since = None
     d.provider, d.offer_reference, d.provider_url = "", "", ""
     d.bidders = []
-    d.akash_lease_id = d.leased_at = None
+    d.akash_lease_id = d.leased_at = d.silent_since = None

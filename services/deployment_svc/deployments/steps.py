@@ -3,7 +3,8 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TypeVar
@@ -16,7 +17,9 @@ from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments import repository, secrets, state
 from services.deployment_svc.deployments.models import CHANNEL, Deployment
 from services.deployment_svc.deployments.state import Step
-from services.deployment_svc.providers.driver import Driver, Observation, Offer, Order, ProviderError, Secrets, Spec
+from services.deployment_svc.markets.driver import Blame, Driver, Observation, Offer, Order, ProviderError, Secrets, Spec
+from services.deployment_svc.providers import repository as providers
+from services.deployment_svc.providers.rules import Choice
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit.columns import now
 from services.kit.db import ALL, Database
@@ -69,7 +72,17 @@ class Steps:
     async def _create(self, d: Deployment, token: str) -> Next:
         # Creating is not idempotent: what an earlier, lost call made carries our name and is closed first.
         await self._close_orders(d)
-        order = await self._ask(self.driver.create(self._spec(d)))
+
+        async def mint(session: AsyncSession, row: Deployment) -> str:
+            key = claw_keys.mint(session, row, self.box, self.settings.key_environment)
+            # A flush of its own: the key's row comes before whatever points at it.
+            await session.flush()
+            row.claw_key_id = key.id
+            return key.text
+
+        opened = [secrets.open_column(self.box, d, column) for column in ("channel_token", "channel_api_key")]
+        d, claw_key = await self._write_and_get(d, token, mint)
+        order = await self._ask(self.driver.create(self._spec(d), Secrets(claw_key, *opened), d.claw_key_id or ""))
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             row.akash_deployment_id, row.offers_since = order.id, now()
@@ -81,57 +94,40 @@ class Steps:
     async def _choose(self, d: Deployment, token: str) -> Next:
         offers = await self._ask(self.driver.offers(self._order(d)))
         waited = now() - (d.offers_since or now())
-        async with self.db.read(ALL) as session:
-            barred = await excluded(session, {offer.provider for offer in offers})
-        usable = [offer for offer in offers if offer.provider not in barred]
-        if not usable and waited > timedelta(seconds=self.settings.bid_timeout_s):
-            why = f"all {len(offers)} bidders are blacklisted" if offers else "no provider made an offer"
-            raise ProviderError(why, "provider")
-        if not usable or waited < timedelta(seconds=self.settings.bid_window_s):
+        if waited < timedelta(seconds=self.settings.bid_window_s):
             return d, self._pause(d.offers_since)
-        chosen = choose(usable, d.tried_providers)
 
-        async def write(session: AsyncSession, row: Deployment) -> None:
-            row.provider, row.offer_reference = chosen.provider, chosen.reference
+        async def write(session: AsyncSession, row: Deployment) -> Choice:
+            choice = await providers.take_offer(session, offers, row.tried_providers, self.settings)
+            if choice.offer is None:
+                return choice
+            row.provider, row.offer_reference = choice.offer.provider, choice.offer.reference
             row.bidders = sorted({offer.provider for offer in offers})
-            left_out = f"; blacklisted: {', '.join(sorted(barred))}" if barred else ""
-            repository.note(
-                session, row, "provider.chosen", f"{chosen.provider} at {chosen.price} an hour, of {len(usable)} offers{left_out}"
-            )
+            await providers.note_offers(session, row.bidders)
+            repository.note(session, row, "provider.chosen", choice.why)
+            return choice
 
-        return await self._write(d, token, write), 0
+        d, choice = await self._write_and_get(d, token, write)
+        if choice.offer is None and not choice.wait and waited > timedelta(seconds=self.settings.bid_timeout_s):
+            raise ProviderError(choice.why, "provider")
+        return d, 0 if choice.offer else self._pause(d.offers_since)
 
     async def _lease(self, d: Deployment, token: str) -> Next:
-        seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
-        if seen.phase in ("starting", "ready") and d.claw_key_id:
-            # A call whose answer was lost has started it: it is adopted, with the key that it was given.
-            return await self._leased(d, token, seen.lease_id, "adopted")
+        # May be asked for again after a crash: for one order, it starts one bot.
+        lease = await self._ask(self.driver.lease(self._order(d), Offer(d.provider, Decimal(0), reference=d.offer_reference)))
 
-        async def mint(session: AsyncSession, row: Deployment) -> str:
-            key = claw_keys.mint(session, row, self.box, self.settings.key_environment)
-            # A flush of its own: the key's row comes before whatever points at it.
-            await session.flush()
-            row.claw_key_id = key.id
-            return key.text
-
-        opened = [secrets.open_column(self.box, d, column) for column in ("channel_token", "channel_api_key")]
-        d, claw_key = await self._write_and_get(d, token, mint)
-        handed = Secrets(claw_key, *opened)
-        offer = Offer(d.provider, Decimal(0), reference=d.offer_reference)
-        lease = await self._ask(self.driver.lease(self._order(d), offer, self._spec(d), handed, d.claw_key_id or ""))
-        return await self._leased(d, token, lease.id, "started")
-
-    async def _leased(self, d: Deployment, token: str, lease_id: str, how: str) -> Next:
         async def write(session: AsyncSession, row: Deployment) -> None:
-            row.akash_lease_id, row.leased_at = lease_id, now()
-            repository.note(session, row, "lease.created", f"{how} at {row.provider}, lease {lease_id}")
+            row.akash_lease_id, row.leased_at = lease.id, now()
+            await providers.went_well(session, row.provider, row.id, providers.LEASE, self.settings)
+            repository.note(session, row, "lease.created", f"started at {row.provider}, lease {lease.id}")
 
         return await self._write(d, token, write), 0
 
     async def _ready(self, d: Deployment, token: str) -> Next:
         seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
         if seen.phase in ("absent", "lost", "ordered"):
-            raise ProviderError(f"the bot did not come up at {d.provider}: {seen.reason or seen.phase}", "provider")
+            blame: Blame = "order" if seen.is_ours or seen.phase == "absent" else "provider"
+            raise ProviderError(f"the bot did not come up at {d.provider}: {seen.reason or seen.phase}", blame)
         if seen.phase != "ready":
             if now() - (d.leased_at or now()) > timedelta(seconds=self.settings.ready_timeout_s):
                 raise ProviderError(f"the bot at {d.provider} did not answer in time", "provider")
@@ -148,13 +144,16 @@ class Steps:
         row.provider_url, row.error_message = seen.url, ""
         state.begin_anew(row)
         row.activated_at = row.activated_at or now()
-        row.manifest_sealed = None
+        row.manifest_sealed = row.silent_since = None
+        await providers.went_well(session, row.provider, row.id, providers.READY, self.settings)
         # Which start runs is the bot's word: a call whose answer was lost may have begun an earlier one.
         row.claw_key_id = await claw_keys.keep_only(session, row.id, seen.start_id, row.claw_key_id)
         repository.move(session, row, state.ACTIVE, f"the bot answers at {row.provider}")
 
     async def _watch(self, d: Deployment, token: str) -> Next:
         seen = await self._ask(self.driver.observe(d.akash_deployment_id or ""))
+        if seen.phase == "starting" and d.silent_since and now() - d.silent_since > timedelta(seconds=self.settings.silent_timeout_s):
+            seen = replace(seen, phase="lost", reason=f"it has not answered for {self.settings.silent_timeout_s / 60:g} minutes")
         silent = "" if seen.phase == "ready" else f"the bot at {d.provider} does not answer right now"
         known = (d.provider_url, d.error_message)
         if seen.phase in ("starting", "ready") and known == (seen.url or d.provider_url, silent):
@@ -165,9 +164,13 @@ class Steps:
                 return
             if seen.phase in ("starting", "ready"):
                 row.provider_url, row.error_message = seen.url or row.provider_url, silent
+                row.silent_since = (row.silent_since or now()) if silent else None
                 return
-            row.undoing, row.provider_url = True, ""
-            row.error_message = f"the bot at {row.provider} is gone: {seen.reason or seen.phase}; it is started again"
+            why = seen.reason or seen.phase
+            row.undoing, row.provider_url, row.silent_since = True, "", None
+            row.error_message = f"the bot at {row.provider} is gone: {why}; it is started again"
+            if seen.phase == "lost" and not seen.is_ours:
+                await providers.went_wrong(session, row.provider, row.id, providers.LOST, why, self.settings)
             repository.move(session, row, state.DEPLOYING, row.error_message)
 
         d = await self._write(d, token, write)
@@ -201,7 +204,7 @@ class Steps:
     async def _close_orders(self, d: Deployment, but: str = "") -> None:
         """Closes the deployment's order and whatever else carries its name, except ``but``."""
         ours = [d.akash_deployment_id] if d.akash_deployment_id else []
-        named = [order.id for order in await self._ask(self.driver.find(self._spec(d).name))]
+        named = await self._ask(self.driver.find(self._spec(d).name))
         for order_id in dict.fromkeys([*ours, *named]):
             if order_id != but:
                 await self._ask(self.driver.close(order_id))
@@ -219,16 +222,24 @@ class Steps:
             return await self._write(d, token, remember), pause
         async with self.db.read(ALL) as session:
             barred = await excluded(session, d.bidders)
-        untried = blame == "provider" and bool({*d.bidders} - {*d.tried_providers, d.provider} - barred)
+        untried = blame in ("provider", "patience") and bool({*d.bidders} - {*d.tried_providers, d.provider} - barred)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             if row.state != state.DEPLOYING:
                 return
             if row.provider and row.provider not in row.tried_providers:
                 row.tried_providers = [*row.tried_providers, row.provider]
+            kind = providers.LEASE if step is Step.LEASE else providers.READY
+            if blame == "provider" and row.provider:
+                excluded = await providers.went_wrong(session, row.provider, row.id, kind, text, self.settings)
+                if excluded:
+                    repository.note(session, row, "provider.excluded", excluded)
             verdict = state.after_failure(row, untried, now(), self.settings)
             row.undoing, row.error_message = True, f"attempt {row.attempts} failed: {text}"
             repository.note(session, row, "attempt.failed", row.error_message)
+            if untried:
+                # It was the provider's failure, and another one is there to be asked: the attempt is not used up.
+                row.attempts -= 1
             if verdict.give_up:
                 repository.move(session, row, state.FAILED, row.error_message)
             else:
@@ -250,8 +261,8 @@ class Steps:
             log.error("reconcile.failed", deployment_id=d.id, step=step.value, exc_info=error)
         patience = timedelta(seconds=self.settings.bid_timeout_s + self.settings.ready_timeout_s)
         if step is Step.LEASE and d.offers_since and now() - d.offers_since > patience:
-            # The market takes orders, but nothing comes of the lease: another provider may do better.
-            blame = "provider"
+            # The market takes orders, but nothing comes of the lease. Another provider may do better; nobody knows whose fault it is.
+            blame = "patience" if blame == "market" else blame
         return blame, text, pause
 
     def _pause(self, since: datetime | None) -> float:
@@ -285,8 +296,3 @@ class Steps:
     def _order(self, d: Deployment) -> Order:
         return Order(d.akash_deployment_id or "", f"clawplane-{d.id}", secrets.open_column(self.box, d, "manifest"))
 
-
-def choose(offers: Sequence[Offer], tried: Sequence[str]) -> Offer:
-    """The cheapest offer of those not tried yet, or of all when all were tried; of equal ones the steadier, then by name."""
-    fresh = [offer for offer in offers if offer.provider not in tried] or offers
-    return min(fresh, key=lambda offer: (offer.price, -(offer.uptime or 0), offer.provider))

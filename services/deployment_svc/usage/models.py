@@ -4,7 +4,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, CheckConstraint, Date, Index, Integer, String
+from sqlalchemy import JSON, BigInteger, Boolean, CheckConstraint, Date, Index, Integer, String, false
 from sqlalchemy.orm import Mapped, mapped_column
 
 from clawplane.deployment.v1.usage_event_pb2 import UsageStatus, UsageType
@@ -55,6 +55,7 @@ class UsageEvent(Tenant, Base):
     status: Mapped[int] = mapped_column(USAGE_STATUS)
     operation_id: Mapped[str] = mapped_column(String(100))
     attempt: Mapped[int] = mapped_column(Integer)
+    estimated: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
     # "metadata" alone is SQLAlchemy's own name on a model.
     metadata_: Mapped[dict[str, Any]] = mapped_column("metadata", JSON)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now)

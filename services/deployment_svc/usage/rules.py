@@ -14,12 +14,16 @@ from services.kit.errors import InvalidArgument
 from services.kit.ids import uuid7_time
 from services.kit.proto import to_datetime
 
+MODEL_CALL = "call_"
+"""Ids of events that the model endpoint writes start so, and no others."""
 _SAME_MOMENT = timedelta(hours=1)
 """An id made just before the end of a month, for a call just after it, is no contradiction: the id's time counts."""
 
 
 def occurred(event: pb.UsageEvent, at: datetime, late: timedelta, ahead: timedelta) -> datetime:
-    """When an event happened; its month is part of its identity, so a UUIDv7's own time decides the month."""
+    """When an event of a caller's own making happened; its month is part of its identity, so a UUIDv7's own time decides the month."""
+    if event.id.startswith(MODEL_CALL):
+        raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written by the model endpoint alone")
     inside = _time_in_id(event.id)
     given = to_datetime(event.occurred_at) if event.HasField("occurred_at") else None
     if given is None and inside is None:
@@ -84,6 +88,7 @@ def to_row(event: pb.UsageEvent, caller: Caller, org_id: str, when: datetime, at
         "status": event.status or pb.USAGE_STATUS_OK,
         "operation_id": event.operation_id,
         "attempt": event.attempt,
+        "estimated": event.estimated,
         "metadata_": dict(event.metadata),
         "created_at": at,
     }

@@ -100,7 +100,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         at = now()
         try:
             when = occurred(event, at, self.late, self.ahead)
-            row = to_row(event, call.caller, call.org_id, when, at, self.prices)
+            row = to_row(event, call.caller, call.org_id, when, at, self.prices) | {"estimated": False}
             if not call.caller.deployment_id and event.deployment_id and event.deployment_id not in own:
                 raise InvalidArgument("deployment_id", "is none of the organization's deployments")
         except InvalidArgument as error:

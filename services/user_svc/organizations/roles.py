@@ -3,7 +3,7 @@
 from clawplane.user.v1.organization_pb2 import Role
 
 _VIEWER = frozenset({"users.get", "users.update", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read"})
-_DEVELOPER = _VIEWER | {"deployments.create", "deployments.update", "deployments.close", "usage.record"}
+_DEVELOPER = _VIEWER | {"deployments.create", "deployments.update", "deployments.close", "usage.record", "models.call"}
 
 PERMISSIONS: dict[int, frozenset[str]] = {
     Role.ROLE_VIEWER: _VIEWER,

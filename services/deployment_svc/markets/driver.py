@@ -19,7 +19,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Secrets:
-    """What only the step that starts the bot may see; nothing of it is printed."""
+    """What only the step that orders the bot may see; nothing of it is printed."""
 
     claw_key: str = field(repr=False)
     channel_token: str = field(default="", repr=False)
@@ -33,7 +33,7 @@ class Order:
     id: str
     name: str
     manifest: str = field(default="", repr=False)
-    """What the market wants back at the lease; may hold secrets, so it is stored enveloped."""
+    """What the market wants back at the lease, secrets and all, so it is stored enveloped; known only to who made the order."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Offer:
     """Share of time that the provider answered, 0 to 1; None when unknown."""
     reference: str = ""
     """The market's own name of the bid."""
+    audited: bool | None = None
+    """Whether somebody vouches for the provider; None when the market does not say."""
+    online: bool = True
+    """False when the market knows that the provider does not answer now."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,18 @@ class Observation:
     start_id: str = ""
     """Which start is running, when the bot can say so."""
     reason: str = ""
+    is_ours: bool = False
+    """When lost or absent: whether we let it end, for instance because our account ran dry, and not the provider."""
+
+
+Blame = Literal["provider", "market", "request", "order"]
 
 
 class ProviderError(Exception):
-    """A step failed. ``blame`` says who: the provider (choose another), the market (wait), or our own request (never retried blindly)."""
+    """A step failed. ``blame`` says who: the provider (choose another), the market (wait), our own request (never retried blindly),
+    or the order, which is gone or can no longer be used (make another)."""
 
-    def __init__(self, message: str, blame: Literal["provider", "market", "request"] = "market", retry_after_s: float = 0):
+    def __init__(self, message: str, blame: Blame = "market", retry_after_s: float = 0):
         super().__init__(message)
         self.blame = blame
         self.retry_after_s = retry_after_s
@@ -85,16 +95,16 @@ class Driver(Protocol):
 
     name: str
 
-    async def create(self, spec: Spec) -> Order:
-        """Places an order under ``spec.name``. Not idempotent: look with ``find`` first after a crash."""
+    async def create(self, spec: Spec, secrets: Secrets, start_id: str) -> Order:
+        """Places an order under ``spec.name``. Not idempotent: look with ``find`` first after a crash. ``start_id`` names this start."""
 
-    async def find(self, name: str) -> list[Order]:
-        """The live orders that carry exactly this name."""
+    async def find(self, name: str) -> list[str]:
+        """The ids of the live orders that carry exactly this name."""
 
     async def offers(self, order: Order) -> list[Offer]:
         """The open bids for an order so far."""
 
-    async def lease(self, order: Order, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
+    async def lease(self, order: Order, offer: Offer) -> Lease:
         """Takes an offer and starts the bot. Idempotent for one order: a second call starts no second bot."""
 
     async def observe(self, order_id: str) -> Observation:

@@ -24,8 +24,8 @@ from typing import Any
 import httpx
 import psutil
 
-from services.deployment_svc.providers import bot
-from services.deployment_svc.providers.driver import Lease, Observation, Offer, Order, ProviderError, Secrets, Spec
+from services.deployment_svc.markets import bot
+from services.deployment_svc.markets.driver import Lease, Observation, Offer, Order, ProviderError, Secrets, Spec
 
 PRICES = {"local-a": Decimal("0.010"), "local-b": Decimal("0.012"), "local-c": Decimal("0.015")}
 _ORDER = re.compile(r"ord-[0-9a-f]{32}")
@@ -40,49 +40,54 @@ _HALF_MADE_S = 60.0
 
 
 class LocalDriver:
-    """Implements Driver. ``usage_url`` is where bots report usage; ``providers`` are names and prices an hour."""
+    """Implements Driver. ``model_url`` is where bots ask their models; ``providers`` are names and prices an hour."""
 
     name = "local"
 
-    def __init__(self, state_dir: Path, usage_url: str, providers: Mapping[str, Decimal] | None = None) -> None:
-        self.root, self.usage_url, self.providers = state_dir.resolve(), usage_url, dict(providers or PRICES)
+    def __init__(self, state_dir: Path, model_url: str, providers: Mapping[str, Decimal] | None = None) -> None:
+        self.root, self.model_url, self.providers = state_dir.resolve(), model_url, dict(providers or PRICES)
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._silent: dict[str, tuple[int, float]] = {}
 
-    async def create(self, spec: Spec) -> Order:
-        order = Order(f"ord-{uuid.uuid4().hex}", spec.name)
+    async def create(self, spec: Spec, secrets: Secrets, start_id: str) -> Order:
+        given = {
+            "start_id": start_id, "deployment_id": spec.deployment_id, "model": spec.model, "channel": spec.channel,
+            "base_url": self.model_url, "api_key": secrets.claw_key,
+            "channel_token": secrets.channel_token, "channel_api_key": secrets.channel_api_key,
+        }  # fmt: skip
+        order = Order(f"ord-{uuid.uuid4().hex}", spec.name, json.dumps(given))
         folder = self.root / order.id
         await asyncio.to_thread(folder.mkdir, 0o700, True)
         content = {"name": spec.name, "deployment_id": spec.deployment_id, "model": spec.model, "channel": spec.channel, "at": time.time()}
         await asyncio.to_thread(bot.write_atomically, folder / "order.json", json.dumps(content))
         return order
 
-    async def find(self, name: str) -> list[Order]:
-        def scan() -> list[Order]:
+    async def find(self, name: str) -> list[str]:
+        def scan() -> list[str]:
             found = []
             for folder in self.root.glob("ord-*"):
                 order = _read(folder / "order.json")
                 if order is None:
                     _sweep(folder)
                 elif order["name"] == name:
-                    found.append(Order(folder.name, name))
+                    found.append(folder.name)
             return found
 
         return await asyncio.to_thread(scan)
 
     async def offers(self, order: Order) -> list[Offer]:
         if not (self._folder(order.id) / "order.json").exists():
-            raise ProviderError(f"there is no order {order.id}", "provider")
+            raise ProviderError(f"there is no order {order.id}", "order")
         return [Offer(provider, price, Decimal(1), f"{provider}/{order.id}") for provider, price in self.providers.items()]
 
-    async def lease(self, order: Order, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
+    async def lease(self, order: Order, offer: Offer) -> Lease:
         try:
-            return await asyncio.to_thread(self._lease, self._folder(order.id), offer, spec, secrets, start_id)
+            return await asyncio.to_thread(self._lease, self._folder(order.id), offer, order.manifest)
         except FileNotFoundError:
-            raise ProviderError(f"there is no order {order.id}", "provider") from None
+            raise ProviderError(f"there is no order {order.id}", "order") from None
 
-    def _lease(self, folder: Path, offer: Offer, spec: Spec, secrets: Secrets, start_id: str) -> Lease:
+    def _lease(self, folder: Path, offer: Offer, manifest: str) -> Lease:
         with _only_one(folder / "lease.lock"):
             if not (folder / "order.json").exists():
                 raise FileNotFoundError
@@ -91,9 +96,9 @@ class LocalDriver:
                 return Lease(known["lease_id"], known["provider"])
             lease = Lease(f"{offer.provider}/{folder.name}", offer.provider)
             (folder / "bot.json").unlink(missing_ok=True)
-            intent = {"lease_id": lease.id, "provider": offer.provider, "start_id": start_id, "at": time.time()}
+            intent = {"lease_id": lease.id, "provider": offer.provider, "start_id": json.loads(manifest)["start_id"], "at": time.time()}
             bot.write_atomically(folder / "lease.json", json.dumps(intent))
-            child = self._children[folder.name] = self._spawn(folder, spec, secrets, start_id)
+            child = self._children[folder.name] = self._spawn(folder, manifest)
             deadline = time.monotonic() + _START_S
             while not (folder / "bot.json").exists():
                 if child.poll() is not None or time.monotonic() > deadline:
@@ -101,16 +106,7 @@ class LocalDriver:
                 time.sleep(0.01)
             return lease
 
-    def _spawn(self, folder: Path, spec: Spec, secrets: Secrets, start_id: str) -> "subprocess.Popen[bytes]":
-        journals = self.root / "journals"
-        journals.mkdir(mode=0o700, exist_ok=True)
-        given = {
-            "start_id": start_id, "deployment_id": spec.deployment_id, "model": spec.model, "channel": spec.channel,
-            "claw_key": secrets.claw_key, "channel_token": secrets.channel_token, "channel_api_key": secrets.channel_api_key,
-            "usage_url": self.usage_url,
-            # By deployment, not by order: usage that a dead bot still owes is reported by the one after it.
-            "journal": str(journals / f"{spec.deployment_id}.jsonl"),
-        }  # fmt: skip
+    def _spawn(self, folder: Path, manifest: str) -> "subprocess.Popen[bytes]":
         with (folder / "bot.log").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-I", str(Path(bot.__file__)), str(folder)], stdin=subprocess.PIPE, stdout=log, stderr=log,
@@ -119,7 +115,7 @@ class LocalDriver:
         # Through a pipe: arguments and environment of a process can be read by others.
         assert child.stdin is not None
         try:
-            child.stdin.write(json.dumps(given).encode() + b"\n")
+            child.stdin.write(manifest.encode() + b"\n")
             child.stdin.close()
         except BrokenPipeError:
             pass  # It ended at once; the caller sees that.

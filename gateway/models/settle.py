@@ -1,0 +1,59 @@
+"""Writes down what calls have used, however long the deployment service is away."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import structlog
+
+from clawplane.deployment.v1 import model_call_service_pb2, model_call_service_pb2_grpc
+
+log = structlog.get_logger()
+_TRY_S, _MAX_PAUSE_S = 5.0, 5.0
+_FOR_GOOD = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
+
+
+class Settler:
+    """Settles calls with the gateway's own credential."""
+
+    def __init__(self, channel: grpc.aio.Channel, service_metadata: Callable[[], Sequence[tuple[str, str]]]) -> None:
+        self._stub = model_call_service_pb2_grpc.ModelCallServiceStub(channel)
+        self._metadata = service_metadata
+        self._later: set[asyncio.Task[Any]] = set()
+
+    async def settle(self, used: model_call_service_pb2.SettleModelCallRequest, until: float) -> None:
+        """Settles a call. What does not succeed at once is tried in the background until ``until`` (time.monotonic); then the deployment
+        service settles it by estimate."""
+        # The caller may leave meanwhile: that must not undo it.
+        task = asyncio.create_task(self._try(used))
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+        if not await asyncio.shield(task):
+            again = asyncio.create_task(self._retry(used, until))
+            self._later.add(again)
+            again.add_done_callback(self._later.discard)
+
+    async def _try(self, used: model_call_service_pb2.SettleModelCallRequest) -> bool:
+        """Whether nothing more is to be done."""
+        try:
+            await self._stub.SettleModelCall(used, metadata=tuple(self._metadata()), timeout=_TRY_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("model_call.not_settled", call=used.id, code=error.code().name)
+            return error.code() in _FOR_GOOD
+        return True
+
+    async def _retry(self, used: model_call_service_pb2.SettleModelCallRequest, until: float) -> None:
+        pause = 0.2
+        while time.monotonic() < until:
+            await asyncio.sleep(pause * random.uniform(0.8, 1.2))
+            if await self._try(used):
+                return
+            pause = min(_MAX_PAUSE_S, pause * 2)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Waits for what is on its way."""
+        if self._later:
+            await asyncio.wait(self._later, timeout=timeout_s)
