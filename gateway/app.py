@@ -52,7 +52,7 @@ def create_app(
         stripe = StripeReceiver(settings, channels[DEPLOYMENT], service_metadata)
         routes.append(Route("/webhooks/stripe", stripe.receive, methods=["POST"]))
     if settings.polar_webhook_secrets:
-        polar = PolarReceiver(settings, channels[DEPLOYMENT], service_metadata)
+        polar = PolarReceiver(settings, channels[DEPLOYMENT], channels[USER], service_metadata)
         routes.append(Route("/webhooks/polar", polar.receive, methods=["POST"]))
     if settings.clerk_webhook_secrets:
         clerk = ClerkReceiver(settings, channels[USER], service_metadata)

@@ -32,7 +32,7 @@ from services.user_svc.settings import UserSettings
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
-GATEWAY_PERMISSIONS = ("models.settle", "payments.apply", "sandbox.use", "users.sync", "webhooks.ignore")
+GATEWAY_PERMISSIONS = ("models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync", "webhooks.ignore")
 """What the gateway's own token may do: webhooks, the sandbox's page and what model calls have used, nothing else."""
 _ISSUERS = {UserSettings: "user_svc", DeploymentSettings: "deployment_svc", GatewaySettings: "gateway"}
 

@@ -3,11 +3,14 @@
 A checkout is paid at most once, so its id stands for the payment as well: the order, which Polar makes afterwards, names its checkout.
 """
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from clawplane.deployment.v1 import payment_pb2
+from clawplane.user.v1 import subscription_service_pb2 as rpc
+from clawplane.user.v1 import user_pb2
 from gateway.webhooks import event as form
 from gateway.webhooks.event import BadEvent, Ignore
 
@@ -24,10 +27,36 @@ _ORDER_KINDS: Mapping[str, payment_pb2.PaymentEventKind.ValueType] = {
 }
 
 
-def translate(event: Any, message_id: str, now_s: float, *, livemode: bool) -> payment_pb2.PaymentEvent | Ignore:
+_CUSTOMER_TYPES = ("customer.created", "customer.updated", "customer.deleted")
+_SUBSCRIPTION_TYPES = tuple(
+    f"subscription.{what}"
+    for what in ("created", "updated", "active", "canceled", "uncanceled", "cycled", "revoked", "past_due", "paused", "resumed")
+)
+_S = user_pb2.SubscriptionStatus
+_STATUSES: Mapping[str, user_pb2.SubscriptionStatus.ValueType] = {
+    "active": _S.SUBSCRIPTION_STATUS_ACTIVE,
+    "trialing": _S.SUBSCRIPTION_STATUS_ACTIVE,
+    "incomplete": _S.SUBSCRIPTION_STATUS_INCOMPLETE,
+    "past_due": _S.SUBSCRIPTION_STATUS_PAST_DUE,
+    "canceled": _S.SUBSCRIPTION_STATUS_CANCELED,
+    # Neither is in force, and neither is missing a payment.
+    "paused": _S.SUBSCRIPTION_STATUS_CANCELED,
+    "incomplete_expired": _S.SUBSCRIPTION_STATUS_CANCELED,
+    "unpaid": _S.SUBSCRIPTION_STATUS_UNPAID,
+}
+_USER_ID = re.compile(r"usr_[0-9a-f]{32}\Z")
+
+Meaning = payment_pb2.PaymentEvent | rpc.ApplyCustomerEventRequest | rpc.ApplySubscriptionEventRequest | Ignore
+
+
+def translate(event: Any, message_id: str, now_s: float, *, livemode: bool) -> Meaning:
     """What an event means, or why nobody handles it; BadEvent when it has not the form of one. ``now_s`` counts when it has no time."""
     event = form.mapping(event, "event")
     kind = form.match(event.get("type"), form.TYPE, "type")
+    if kind in _CUSTOMER_TYPES:
+        return _customer(event, kind, message_id, now_s)
+    if kind in _SUBSCRIPTION_TYPES:
+        return _subscription(event, kind, message_id, now_s)
     if kind not in _ORDER_KINDS and kind not in ("checkout.updated", "checkout.expired"):
         return Ignore(message_id, kind, f"nobody handles events of type {kind}")
     thing = form.mapping(event.get("data"), "data")
@@ -67,13 +96,53 @@ def _checkout(result: payment_pb2.PaymentEvent, checkout: Mapping[str, Any]) -> 
     return ""
 
 
+def _customer(event: Mapping[str, Any], kind: str, message_id: str, now_s: float) -> rpc.ApplyCustomerEventRequest:
+    customer = form.mapping(event.get("data"), "data")
+    deleted = kind == "customer.deleted"
+    result = rpc.ApplyCustomerEventRequest(
+        provider="polar", external_id=message_id, type=kind, user_id=_user_id(customer), deleted=deleted,
+        customer_id=form.match(customer.get("id"), form.EXTERNAL_ID, "data.id"),
+    )  # fmt: skip
+    changed = None if deleted else customer.get("modified_at") or customer.get("created_at")
+    result.occurred_at.FromMilliseconds(int(_time(changed or event.get("timestamp"), now_s) * 1000))
+    return result
+
+
+def _subscription(event: Mapping[str, Any], kind: str, message_id: str, now_s: float) -> rpc.ApplySubscriptionEventRequest | Ignore:
+    found = form.mapping(event.get("data"), "data")
+    status = form.match(found.get("status"), form.TYPE, "data.status")
+    if status not in _STATUSES:
+        return Ignore(message_id, kind, f"a subscription cannot be {status}, as far as is known")
+    customer = found.get("customer")
+    result = rpc.ApplySubscriptionEventRequest(
+        provider="polar", external_id=message_id, type=kind, status=_STATUSES[status],
+        subscription_id=form.match(found.get("id"), form.EXTERNAL_ID, "data.id"),
+        customer_id=form.match(found.get("customer_id"), form.EXTERNAL_ID, "data.customer_id"),
+        product_id=form.match(found.get("product_id"), form.EXTERNAL_ID, "data.product_id"),
+        user_id=_user_id(customer) if isinstance(customer, dict) else "",
+        cancel_at_period_end=found.get("cancel_at_period_end") is True,
+    )  # fmt: skip
+    # When the subscription became so; when the message was sent says less, since messages overtake each other.
+    changed = found.get("modified_at") or found.get("created_at") or event.get("timestamp")
+    result.occurred_at.FromMilliseconds(int(_time(changed, now_s) * 1000))
+    if found.get("current_period_end") is not None:
+        result.current_period_end.FromMilliseconds(int(_time(found["current_period_end"], now_s) * 1000))
+    return result
+
+
+def _user_id(customer: Mapping[str, Any]) -> str:
+    """Our id of the customer's user, which Polar got from us; "" when there is none."""
+    given = customer.get("external_id")
+    return given if isinstance(given, str) and _USER_ID.match(given) else ""
+
+
 def _time(text: Any, now_s: float) -> float:
     if text is None:
         return now_s
     try:
         at = datetime.fromisoformat(text)
     except (TypeError, ValueError):
-        raise BadEvent("timestamp: must be an RFC 3339 time") from None
+        raise BadEvent("a time must be as in RFC 3339") from None
     if at.tzinfo is None or not 2000 <= at.year < 9999:
-        raise BadEvent("timestamp: must be an RFC 3339 time")
+        raise BadEvent("a time must be as in RFC 3339")
     return at.timestamp()

@@ -13,7 +13,14 @@ from starlette.responses import Response
 
 from clawplane.deployment.v1 import payment_pb2, payment_service_pb2, payment_service_pb2_grpc
 from clawplane.errors.v1 import errors_pb2
-from clawplane.user.v1 import user_service_pb2, user_service_pb2_grpc, webhook_service_pb2, webhook_service_pb2_grpc
+from clawplane.user.v1 import (
+    subscription_service_pb2,
+    subscription_service_pb2_grpc,
+    user_service_pb2,
+    user_service_pb2_grpc,
+    webhook_service_pb2,
+    webhook_service_pb2_grpc,
+)
 from gateway import strictjson
 from gateway.errors import ApiError, code_of, from_rpc, invalid, make_status
 from gateway.settings import GatewaySettings
@@ -104,13 +111,16 @@ class StripeReceiver(Receiver):
 
 
 class PolarReceiver(Receiver):
-    """Polar's events of checkouts and orders."""
+    """Polar's events: checkouts and orders go to the deployment service, customers and subscriptions to the user service."""
 
     source, signature_header, ignored = "polar", "webhook-signature", payment_service_pb2.IgnoreWebhookEventRequest
 
-    def __init__(self, settings: GatewaySettings, channel: grpc.aio.Channel, service_metadata: ServiceMetadata) -> None:
+    def __init__(
+        self, settings: GatewaySettings, channel: grpc.aio.Channel, users: grpc.aio.Channel, service_metadata: ServiceMetadata
+    ) -> None:
         super().__init__(settings, service_metadata)
         self.owner = payment_service_pb2_grpc.PaymentServiceStub(channel)
+        self._subscriptions = subscription_service_pb2_grpc.SubscriptionServiceStub(users)
         # Polar signs with the secret's own bytes, not with what they would be in base64.
         self._keys = [secret.get_secret_value().encode() for secret in settings.polar_webhook_secrets]
         self._livemode = not settings.polar_sandbox
@@ -120,8 +130,13 @@ class PolarReceiver(Receiver):
         message_id = standard.verify("webhook", payload, http.headers, self._keys, now, self._tolerance_s)
         return self.source, polar.translate(strictjson.load(payload), message_id, now, livemode=self._livemode)
 
-    async def apply(self, meaning: payment_pb2.PaymentEvent, metadata: Metadata) -> dict[str, Any]:
-        return await apply_payment(self.owner, meaning, metadata, self._timeout_s)
+    async def apply(self, meaning: Any, metadata: Metadata) -> dict[str, Any]:
+        if isinstance(meaning, payment_pb2.PaymentEvent):
+            return await apply_payment(self.owner, meaning, metadata, self._timeout_s)
+        of_customer = isinstance(meaning, subscription_service_pb2.ApplyCustomerEventRequest)
+        call: Any = self._subscriptions.ApplyCustomerEvent if of_customer else self._subscriptions.ApplySubscriptionEvent
+        reply = await call(meaning, metadata=metadata, timeout=self._timeout_s)
+        return {"user_id": reply.user_id, "duplicate": reply.duplicate, "outcome": reply.outcome}
 
 
 class ClerkReceiver(Receiver):

@@ -12,6 +12,7 @@ PREFIXES = {
     "Organization": "org",
     "Membership": "mem",
     "Identity": "idn",
+    "Subscription": "sub",
     "Deployment": "dep",
     "DeploymentEvent": "devt",
     "PaymentSession": "pses",

@@ -6,6 +6,7 @@ from clawplane.user.v1 import (
     access_service_pb2_grpc,
     change_service_pb2_grpc,
     entitlement_service_pb2_grpc,
+    subscription_service_pb2_grpc,
     user_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
@@ -24,6 +25,7 @@ from services.user_svc.changes import repository as changes
 from services.user_svc.changes.service import ChangeService
 from services.user_svc.entitlements.service import EntitlementService
 from services.user_svc.settings import UserSettings
+from services.user_svc.subscriptions.service import SubscriptionService
 from services.user_svc.users import repository
 from services.user_svc.users.service import UserService
 from services.user_svc.webhooks.service import WebhookService
@@ -46,12 +48,14 @@ def create_app(settings: UserSettings) -> App:
             await changes.purge(session, now() - timedelta(days=settings.changes_kept_days))
         return False
 
+    subscriptions = SubscriptionService(settings)
     users = UserService(settings, repository.loader(db))
     return App(
         kit=kit,
         services=[
             (user_service_pb2_grpc.add_UserServiceServicer_to_server, users),
-            (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(users)),
+            (subscription_service_pb2_grpc.add_SubscriptionServiceServicer_to_server, subscriptions),
+            (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(users, subscriptions)),
             (access_service_pb2_grpc.add_AccessServiceServicer_to_server, AccessService()),
             (change_service_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeService()),
             (entitlement_service_pb2_grpc.add_EntitlementServiceServicer_to_server, EntitlementService(settings)),

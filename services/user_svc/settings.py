@@ -1,6 +1,6 @@
 """Settings of the user service."""
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from services.kit.settings import KitSettings
 
@@ -27,8 +27,16 @@ class UserSettings(KitSettings):
 
     user_database_url: str = Field("", description="database of the user service; empty: a SQLite file in the data directory")
     tiers: dict[str, Tier] = Field(TIERS, description="the tiers, by name")
+    polar_tiers: dict[str, str] = Field(default_factory=dict, description="product at Polar -> tier that a subscription to it gives")
     changes_kept_days: int = Field(30, ge=1, description="how long changes are kept for followers that were away")
     default_tier: str = Field("starter", description="tier of a new organization")
+
+    @model_validator(mode="after")
+    def _tiers_exist(self) -> "UserSettings":
+        for name in (self.default_tier, *self.polar_tiers.values()):
+            if name not in self.tiers:
+                raise ValueError(f"{name} is none of CLAWPLANE_TIERS: {', '.join(self.tiers)}")
+        return self
 
     @property
     def database_url(self) -> str:

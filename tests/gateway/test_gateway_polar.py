@@ -85,7 +85,7 @@ async def test_what_events_mean(event: dict[str, Any], kind: int, paid: bool) ->
 
 @pytest.mark.parametrize(
     "event",
-    [checkout("confirmed"), checkout("open"), order(checkout_id=None), order("order.created"), order("subscription.updated"), order("benefit.created")],
+    [checkout("confirmed"), checkout("open"), order(checkout_id=None), order("order.created"), order("customer.state_changed"), order("benefit.created")],
 )
 async def test_what_starts_nothing_says_why(event: dict[str, Any]) -> None:
     found = polar.translate(event, "msg_1", 0, livemode=False)
@@ -94,12 +94,12 @@ async def test_what_starts_nothing_says_why(event: dict[str, Any]) -> None:
 
 @given(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["order.paid", "order.refunded", "checkout.updated", "checkout.expired", "x"]) | st.none()},
+        {"type": st.sampled_from(["order.paid", "order.refunded", "checkout.updated", "checkout.expired", "subscription.updated", "customer.created", "x"]) | st.none()},
         optional={
             "timestamp": st.none() | st.text(max_size=12) | st.sampled_from(["2026-01-01T00:00:00Z", "2026-01-01", "0001-01-01T00:00:00Z"]),
             "data": st.none()
             | st.dictionaries(
-                st.sampled_from(["id", "checkout_id", "status", "net_amount", "refunded_amount", "currency", "metadata"]),
+                st.sampled_from(["id", "checkout_id", "status", "net_amount", "refunded_amount", "currency", "metadata", "customer_id", "product_id", "modified_at"]),
                 st.none() | st.integers() | st.text(max_size=5) | st.booleans() | st.just({"deployment_id": 1}) | st.sampled_from(["succeeded", CHECKOUT]),
             ),
         },

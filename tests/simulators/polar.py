@@ -138,6 +138,8 @@ async def control(request: Request) -> Response:
         order = ACCOUNT.orders[body["id"]]
         order["refunded_amount"] += body.get("amount", order["net_amount"])
         said = await ACCOUNT.tell("order.refunded", order)
+    elif what == "tell":
+        said = await ACCOUNT.tell(body["type"], body["data"], body.get("id", ""))
     elif what == "checkouts":
         said = list(ACCOUNT.checkouts.values())
     return JSONResponse(said)

@@ -37,6 +37,9 @@ class User(Versioned, Base):
     clerk_event_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """Time of the newest event of Clerk that was applied; older ones change nothing."""
 
+    polar_event_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """The same of Polar's events of customers."""
+
     # Unique among the living, without regard to case, whatever writes.
     __table_args__ = (
         Index(

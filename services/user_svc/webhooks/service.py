@@ -1,4 +1,4 @@
-"""WebhookService: the events of identity providers, and applying them again."""
+"""WebhookService: the events of identity and payment providers, and applying them again."""
 
 from google.protobuf.json_format import ParseDict
 from sqlalchemy import select
@@ -6,20 +6,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1 import webhook_service_pb2 as rpc
 from clawplane.user.v1 import webhook_service_pb2_grpc
+from clawplane.user.v1.subscription_service_pb2 import ApplyCustomerEventRequest, ApplySubscriptionEventRequest
 from clawplane.user.v1.user_service_pb2 import SyncClerkUserRequest
 from services.kit.call import Call
 from services.kit.inbox import filtered, replay, take_in
 from services.kit.proto import to_proto
 from services.kit.standard import list_page
 from services.user_svc.base import WebhookEvent
+from services.user_svc.subscriptions.service import SubscriptionService
 from services.user_svc.users.service import UserService
 
 
 class WebhookService(webhook_service_pb2_grpc.WebhookServiceServicer):
     """See proto/clawplane/user/v1/webhook_service.proto."""
 
-    def __init__(self, users: UserService) -> None:
-        self.users = users
+    def __init__(self, users: UserService, subscriptions: SubscriptionService) -> None:
+        self.users, self.subscriptions = users, subscriptions
 
     async def ListWebhookEvents(self, request: rpc.ListWebhookEventsRequest, call: Call) -> rpc.ListWebhookEventsResponse:
         statement = filtered(select(WebhookEvent), WebhookEvent, request)
@@ -28,7 +30,12 @@ class WebhookService(webhook_service_pb2_grpc.WebhookServiceServicer):
     async def ReplayWebhookEvent(self, request: rpc.ReplayWebhookEventRequest, call: Call) -> rpc.WebhookEvent:
         async def work(session: AsyncSession) -> WebhookEvent:
             async def again(row: WebhookEvent) -> tuple[str, str]:
-                _, text = await self.users.sync(session, call, ParseDict(row.payload or {}, SyncClerkUserRequest()))
+                payload = row.payload or {}
+                if row.source == "clerk":
+                    _, text = await self.users.sync(session, call, ParseDict(payload, SyncClerkUserRequest()))
+                else:
+                    kind = ApplyCustomerEventRequest if row.type.startswith("customer.") else ApplySubscriptionEventRequest
+                    _, text = await self.subscriptions.apply(session, ParseDict(payload, kind()))
                 return "applied", text
 
             call.audit(request.id)
