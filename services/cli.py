@@ -123,13 +123,18 @@ def demo(
     deployment_target: Annotated[
         str, typer.Option(envvar="CLAWPLANE_DEPLOYMENT_TARGET", help="With --url: the deployment service.")
     ] = "127.0.0.1:50052",
+    akash_simulator: Annotated[
+        bool, typer.Option("--akash-simulator", help="On a stack of its own, with simulators of Akash, which fails, and Polar.")
+    ] = False,
     data_dir: DataDir = None,
 ) -> None:
     """Run the whole loop against the running stack (or one of its own): order, pay, live, chat, usage, close."""
-    from services.demo import Where, run_demo
+    from services.demo import run_demo
+    from services.demo_stack import Where
 
     folder = data_dir or KitSettings().data_dir
-    raise typer.Exit(asyncio.run(run_demo(Where(user_target, deployment_target, url, folder) if url else folder, out)))
+    where = Where(user_target, deployment_target, url, folder) if url else folder
+    raise typer.Exit(asyncio.run(run_demo(where, out, on_akash=akash_simulator)))
 
 
 @app.command()

@@ -1,17 +1,7 @@
 """``clawplane demo``: the whole loop, once, against a running stack or one of its own."""
 
-import asyncio
-import json
-import os
 import secrets
-import signal
-import socket
-import sys
-import tempfile
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -30,37 +20,31 @@ from clawplane.deployment.v1 import (
     usage_service_pb2_grpc,
 )
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from services import demo_akash as akash
 from services import demo_edges as edges
 from services import embedded
+from services.demo_stack import DemoError, Where, free_ports, own_stack, stack, until
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
 
 T = TypeVar("T")
-_WAIT_S = 60.0
 
 
-class DemoError(Exception):
-    """A step did not do what it should."""
-
-
-@dataclass(frozen=True)
-class Where:
-    """The stack that the demo talks to."""
-
-    user: str
-    deployment: str
-    http: str
-    data_dir: Path
-
-
-async def run_demo(where: Where | Path, out: Console) -> int:
-    """Runs the demo against a stack, or whatever runs on a data directory, and returns the exit status."""
+async def run_demo(where: Where | Path, out: Console, *, on_akash: bool = False) -> int:
+    """Runs the demo against a stack, or whatever runs on a data directory, and returns the exit status. ``on_akash``: against a stack of
+    its own on simulators of Akash and Polar."""
     try:
-        if isinstance(where, Where):
+        if on_akash:
+            async with akash.simulators() as world, own_stack(out, world.env()) as found:
+                await Demo(found, out, world).run()
+        elif isinstance(where, Where):
             await Demo(where, out).run()
         else:
-            async with _stack(where, out) as found:
+            async with stack(where, out) as found:
                 await Demo(found, out).run()
+    except ModuleNotFoundError:
+        out.print("[red]✗ the simulators are in the source tree: run this there, as make demo ARGS=--akash-simulator[/]")
+        return 1
     except (DemoError, grpc.aio.AioRpcError, httpx.HTTPError) as error:
         text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else str(error) or repr(error)
         out.print(f"[red]✗ {text}[/]")
@@ -68,63 +52,12 @@ async def run_demo(where: Where | Path, out: Console) -> int:
     return 0
 
 
-@asynccontextmanager
-async def _stack(data_dir: Path, out: Console) -> AsyncIterator[Where]:
-    """The stack that runs on ``data_dir``, or a fresh one that is stopped afterwards."""
-    running = await _running(data_dir)
-    if running:
-        out.print(f"[dim]using the stack at {running.http}[/]")
-        yield running
-        return
-    with tempfile.TemporaryDirectory(prefix="clawplane-demo-") as folder:
-        ports = _free_ports()
-        out.print("[dim]no stack is running: starting one for this demo[/]")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.cli", "up", "--data-dir", folder, "--grpc-port", str(ports[0]), "--http-port", str(ports[1]),
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, env=os.environ | {"CLAWPLANE_LOG_LEVEL": "error"},
-        )  # fmt: skip
-        try:
-            found = await _until("the stack to start", lambda: _running(Path(folder)))
-            yield found
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-                await process.wait()
-            out.print("[dim]stopped the stack again[/]")
-
-
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return int(first.getsockname()[1]), int(second.getsockname()[1])
-
-
-async def _running(data_dir: Path) -> Where | None:
-    try:
-        note = json.loads((data_dir / "up.json").read_text())
-        async with httpx.AsyncClient(trust_env=False, timeout=2) as client:
-            answer = await client.get(f"{note['http']}/readyz")
-    except (OSError, ValueError, KeyError, httpx.HTTPError):
-        return None
-    return Where(note["grpc"], note["grpc"], note["http"], data_dir) if answer.status_code == 200 else None
-
-
-async def _until(what: str, check: Callable[[], Awaitable[T | None]]) -> T:
-    deadline = time.monotonic() + _WAIT_S
-    while time.monotonic() < deadline:
-        found = await check()
-        if found:
-            return found
-        await asyncio.sleep(0.1)
-    raise DemoError(f"waited {_WAIT_S:.0f} s for {what}")
-
-
 class Demo:
     """One run: a customer's way through the gateway, and an operator's through gRPC."""
 
-    def __init__(self, where: Where, out: Console) -> None:
-        self.where, self.out = where, out
+    def __init__(self, where: Where, out: Console, world: akash.Akash | None = None) -> None:
+        self.where, self.out, self.world = where, out, world
+        self.payment_provider = "polar" if world else "sandbox"
         settings = embedded.load_settings(KitSettings, where.data_dir)
         self.signer = TokenSigner(settings)
         self.operator = (("authorization", f"Bearer {settings.operator_token.get_secret_value()}"),)
@@ -132,12 +65,12 @@ class Demo:
     @staticmethod
     def free_port() -> int:
         """A port that nobody listens on."""
-        return _free_ports()[0]
+        return free_ports()[0]
 
     @staticmethod
     async def until(what: str, check: Callable[[], Awaitable[T | None]]) -> T:
         """Waits for something."""
-        return await _until(what, check)
+        return await until(what, check)
 
     def check(self, good: bool, text: str) -> None:
         """Says it when it is so; DemoError when it is not."""
@@ -159,9 +92,13 @@ class Demo:
             self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
             self.usage = usage_service_pb2_grpc.UsageServiceStub(channel)
             self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(channel)
+            if self.world:
+                await self.world.prepare(self)
             ann, bob = await self._person("Ann"), await self._person("Bob")
             first = await self._order_and_pay(ann)
             live = await self._live(ann, first)
+            if self.world:
+                await self.world.report(self, live)
             await self._chat(live)
             await self._summary(ann, live)
             second = await self._elsewhere(bob, live.provider)
@@ -172,6 +109,8 @@ class Demo:
             await edges.deleted_at_clerk(self)
             await self._close(ann, live)
             await self._close(bob, second)
+            if self.world:
+                await self.world.close(self)
 
     async def _person(self, name: str) -> dict[str, str]:
         wish = user_pb2.User(email=f"{name.lower()}.{secrets.token_hex(4)}@example.com", full_name=name)
@@ -200,10 +139,13 @@ class Demo:
         return first
 
     async def _pay(self, d: dict[str, Any]) -> None:
+        if self.world:
+            return self.say(await self.world.pay(d))
         answer = await self.http.post(f"{urlsplit(d['paymentUrl']).path}/pay", headers={"accept": "application/json"})
         if answer.status_code != 200:
             raise DemoError(f"paying answered {answer.status_code}: {answer.text}")
         self.say("paid on the sandbox page; the signed webhook went through the gateway")
+        return None
 
     async def pay_and_wait(self, person: dict[str, str], token: str) -> deployment_pb2.Deployment:
         """A bot that is ordered, paid and ACTIVE."""
@@ -221,7 +163,7 @@ class Demo:
             seen.add(now.state)
             return now if now.state == deployment_pb2.STATE_ACTIVE else None
 
-        live = await _until("the bot to be ACTIVE", check)
+        live = await until("the bot to be ACTIVE", check)
         if deployment_pb2.STATE_DEPLOYING not in seen:
             self.say("DEPLOYING: was over before we looked")
         self.say(f"ACTIVE at {live.provider}: {live.provider_url}")
@@ -246,7 +188,7 @@ class Demo:
             found = await self.usage.SummarizeUsage(request, metadata=tuple(person.items()))
             return found if found.total.events == 2 else None
 
-        found = await _until("the bot's usage to be counted", check)
+        found = await until("the bot's usage to be counted", check)
         self.say(f"usage: the model endpoint counted {found.total.events} calls of the bot, {found.total.tokens_total} tokens")
         for row in found.sums:
             self.say(f"summary: {row.day} {row.model}: {row.tokens_in} in, {row.tokens_out} out, {row.cost} {row.currency.upper()}")
@@ -271,7 +213,7 @@ class Demo:
         async def check() -> bool | None:
             return (await self._get(person, live.id)).state == deployment_pb2.STATE_CLOSED or None
 
-        await _until("the bot to be CLOSED", check)
+        await until("the bot to be CLOSED", check)
         async with httpx.AsyncClient(trust_env=False, timeout=2) as bot:
             try:
                 await bot.get(f"{live.provider_url}/health")

@@ -33,8 +33,9 @@ async def cancel(demo: "Demo", person: dict[str, str]) -> None:
 async def replay(demo: "Demo", deployment_id: str) -> None:
     """The payment's webhook, once more."""
     operator = dict(demo.operator)
-    listed = await demo.json(demo.http.get("/v1/webhook-events", params={"source": "sandbox", "pageSize": 100}, headers=operator))
-    (stored, *_) = [one for one in listed["events"] if (one["payload"] or {}).get("deploymentId") == deployment_id]
+    query: dict[str, Any] = {"source": demo.payment_provider, "pageSize": 100}
+    listed = await demo.json(demo.http.get("/v1/webhook-events", params=query, headers=operator))
+    (stored, *_) = [one for one in listed["events"] if (one.get("payload") or {}).get("deploymentId") == deployment_id]
     again = await demo.json(demo.http.post(f"/v1/webhook-events/{stored['id']}:replay", json={}, headers=operator))
     demo.check(again["reason"] == "already started on this payment", f"an operator replayed the webhook {stored['id']}: {again['reason']}")
 
@@ -89,7 +90,7 @@ async def _second_server(demo: "Demo") -> AsyncIterator[str]:
     env = os.environ | {
         "CLAWPLANE_DATA_DIR": str(demo.where.data_dir), "CLAWPLANE_USER_TARGET": demo.where.user, "CLAWPLANE_LOG_LEVEL": "error",
         "CLAWPLANE_PUBLIC_URL": demo.where.http,
-    }  # fmt: skip
+    } | (demo.world.env() if demo.world else {})  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.cli", "serve", "deployment", "--port", str(port), env=env,
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,

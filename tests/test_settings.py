@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
+
+from services.deployment_svc.settings import DeploymentSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -57,3 +60,12 @@ def test_help_teaches(tmp_path: Path) -> None:
     assert done.returncode == 0
     for command in ("up", "serve", "migrate", "demo", "token"):
         assert command in done.stdout
+
+
+def test_akash_has_a_pace_of_its_own() -> None:
+    given = {"driver": "akash", "akash_api_key": "k", "akash_bot": {"image": "registry.example/bot:1"}, "service_name": "t"}
+    slow = DeploymentSettings(**given, ready_timeout_s=7)  # type: ignore[arg-type]
+    assert (slow.ready_timeout_s, slow.bid_window_s, slow.watch_s) == (7, 15, 60)
+    assert DeploymentSettings(service_name="t").watch_s == 5  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="CLAWPLANE_AKASH_API_KEY"):
+        DeploymentSettings(driver="akash", service_name="t")  # type: ignore[call-arg]

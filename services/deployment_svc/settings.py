@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, model_validator
 
@@ -106,16 +106,16 @@ class DeploymentSettings(KitSettings):
         """The environment written into keys."""
         return "live" if self.environment == "production" else "test"
 
-    @model_validator(mode="after")
-    def _akash_takes_its_time(self) -> "DeploymentSettings":
+    @model_validator(mode="before")
+    @classmethod
+    def _akash_takes_its_time(cls, given: dict[str, Any]) -> dict[str, Any]:
         """A network of strangers is slower than processes on this machine: other defaults, for what was not set."""
-        if self.driver != "akash":
-            return self
-        if not (self.akash_api_key.get_secret_value() and self.akash_bot):
+        return _AKASH | given if given.get("driver") == "akash" else given
+
+    @model_validator(mode="after")
+    def _akash_is_complete(self) -> "DeploymentSettings":
+        if self.driver == "akash" and not (self.akash_api_key.get_secret_value() and self.akash_bot):
             raise ValueError("CLAWPLANE_AKASH_API_KEY and CLAWPLANE_AKASH_BOT are needed when CLAWPLANE_DRIVER is akash")
-        for name, value in _AKASH.items():
-            if name not in self.model_fields_set:
-                setattr(self, name, value)
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,6 @@ Creating is not idempotent, the list omits the leases' status, a manifest comes 
 is on, the local driver's bot as a real process with the environment of the SDL; otherwise a page of this server.
 """
 
-import asyncio
 import itertools
 import json
 import subprocess
@@ -18,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import yaml
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from services.deployment_svc.markets import bot
-from tests.simulators.market import Faults, Json, SimulatorProcess, cut, never, serve
+from tests.simulators.market import NO_TLS, Faults, Json, SimulatorProcess, cut, never, serve
 
 KEY = "ac.sk.test." + "0" * 64
 OWNER = "akash1owner"
@@ -362,8 +362,8 @@ class AkashSimulator(SimulatorProcess):
 
     def stop(self) -> None:
         # Its bots are processes of their own.
-        with suppress(Exception):
-            asyncio.run(self.post("/_sim/reset"))
+        with suppress(httpx.HTTPError):
+            httpx.post(f"{self.url}/_sim/reset", trust_env=False, verify=NO_TLS, timeout=10)
         super().stop()
 
     def settings(self) -> Json:
