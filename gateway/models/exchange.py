@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 import orjson
 import structlog
 from starlette.requests import ClientDisconnect
@@ -22,6 +22,8 @@ from gateway.models.upstreams import Upstream
 log = structlog.get_logger()
 _SEND_S = 15.0
 """A caller who takes nothing for so long is gone."""
+_NEVER_WAITS = 32 * 1024
+"""So much is buffered, whether or not the caller reads."""
 _MARGIN_S = 20.0
 """A call ends so long before it would be settled by estimate."""
 _MOST_BYTES = 64 * 1024 * 1024
@@ -34,6 +36,7 @@ class Client:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.is_there = True
+        self._sent = 0
         self.has_begun = False
 
     async def begin(self, status: int, content_type: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -55,9 +58,13 @@ class Client:
     async def _pass(self, message: Any) -> None:
         if not self.is_there:
             return
+        self._sent += len(message.get("body", b""))
         try:
-            async with asyncio.timeout(_SEND_S):
+            if self._sent < _NEVER_WAITS:
                 await self._send(message)
+            else:
+                async with asyncio.timeout(_SEND_S):
+                    await self._send(message)
         except (OSError, ClientDisconnect, TimeoutError):
             self.is_there = False
 
@@ -84,11 +91,11 @@ class Exchange:
                 try:
                     await (self._stream(answer) if self.wish.stream else self._whole(answer))
                 finally:
-                    await answer.aclose()
+                    answer.close()
         except Unanswered as error:
             await self._settle(Usage(0, 0), estimated=True, status=_ERROR)
             await self.client.refuse(error.error)
-        except (httpx.HTTPError, httpx.StreamError, BrokenStream, TimeoutError) as error:
+        except (aiohttp.ClientError, BrokenStream, TimeoutError, ValueError) as error:
             log.warning("model.broken", provider=self.upstream.provider, call=self.call.id, error=type(error).__name__)
             await self._settle_what_was_seen()
             await self._tell_of_the_break()
@@ -97,9 +104,9 @@ class Exchange:
             if not self._is_settled:
                 await self._settle_what_was_seen()
 
-    async def _whole(self, answer: httpx.Response) -> None:
+    async def _whole(self, answer: aiohttp.ClientResponse) -> None:
         pieces, size = [], 0
-        async for piece in answer.aiter_bytes():
+        async for piece in answer.content.iter_any():
             pieces.append(piece)
             size += len(piece)
             if size > _MOST_BYTES:
@@ -115,11 +122,11 @@ class Exchange:
         await self.client.begin(200, "application/json", [(b"content-length", str(len(raw)).encode())])
         await self.client.write(raw, more=False)
 
-    async def _stream(self, answer: httpx.Response) -> None:
+    async def _stream(self, answer: aiohttp.ClientResponse) -> None:
         if not answer.headers.get("content-type", "").startswith("text/event-stream"):
             raise BrokenStream("the provider does not stream")
         await self.client.begin(200, "text/event-stream", [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")])
-        async for ready in self._meter.relay(_raw(answer)):
+        async for ready in self._meter.relay(answer.content.iter_any()):
             await self.client.write(ready)
             if self._meter.is_done:
                 break
@@ -128,6 +135,7 @@ class Exchange:
         # Who has seen the end can rely on it that the call is counted.
         await self._settle_what_was_seen()
         await self.client.write(b"".join(self._meter.held), more=False)
+        await self.asker.finish(answer)
 
     async def _settle_what_was_seen(self) -> None:
         if self._meter.usage is not None:
@@ -138,7 +146,7 @@ class Exchange:
 
     async def _settle(self, usage: Usage, *, estimated: bool, status: "usage_event_pb2.UsageStatus.ValueType") -> None:
         self._is_settled = True
-        request = model_call_service_pb2.SettleModelCallRequest(
+        request = model_call_service_pb2.ModelCallUsage(
             id=self.call.id, tokens_in=usage.tokens_in, tokens_out=usage.tokens_out, tokens_cached=usage.tokens_cached,
             tokens_reasoning=usage.tokens_reasoning, estimated=estimated, status=status,
             latency_ms=int((time.monotonic() - self._began) * 1000),
@@ -154,7 +162,3 @@ class Exchange:
         else:
             await self.client.write(b"", more=False)
 
-
-async def _raw(answer: httpx.Response) -> AsyncIterator[bytes]:
-    async for piece in answer.aiter_bytes():
-        yield piece

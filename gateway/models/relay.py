@@ -1,5 +1,6 @@
 """An answer on its way from a provider to a caller: passed on as it comes, counted on the way, read to its end in any case."""
 
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -8,6 +9,7 @@ import orjson
 from gateway.models.openai import DONE, Usage, usage_of
 
 _MOST_BUFFERED = 4 * 1024 * 1024
+_OF_INTEREST = re.compile(rb'"usage"\s*:\s*\{|\[DONE\]')
 
 
 class BrokenStream(Exception):
@@ -46,12 +48,18 @@ class Meter:
             raise BrokenStream("the stream ended within an event")
 
     def _take(self, block: bytes) -> bytes:
-        # Text inside JSON has its quotes escaped, so this is a field of that name and nothing that somebody said.
-        if b'"usage"' not in block and DONE not in block:
+        if not _may_tell_usage(block) and DONE not in block:
             self.events += block.count(b"\ndata:") + block.startswith(b"data:")
             return block
-        ready = []
-        for event in block.replace(b"\r\n", b"\n").split(b"\n\n"):
+        if b"\r" in block:
+            block = block.replace(b"\r\n", b"\n")
+        # What comes before the first event of interest needs no look of its own.
+        found = _OF_INTEREST.search(block)
+        start = block.rfind(b"\n\n", 0, found.start()) + 2 if found else 0
+        start = start if start > 1 else 0
+        self.events += block.count(b"data:", 0, start)
+        ready = [block[:start]]
+        for event in block[start:].split(b"\n\n"):
             if event.strip() and self._look(event):
                 ready.append(event + b"\n\n")
         return b"".join(ready)
@@ -64,7 +72,7 @@ class Meter:
             self.held.append(event + b"\n\n")
             return False
         self.events += bool(data)
-        if b'"usage"' not in data:
+        if not _may_tell_usage(data):
             return True
         try:
             said = orjson.loads(data)
@@ -81,3 +89,8 @@ class Meter:
         if self.wants_usage:
             self.held.append(event + b"\n\n")
         return False
+
+
+def _may_tell_usage(data: bytes) -> bool:
+    """Whether a usage that is not null may be in it. Text inside JSON has its quotes escaped, so nothing that somebody said looks so."""
+    return data.count(b'"usage"') > data.count(b'"usage":null') + data.count(b'"usage": null')

@@ -7,22 +7,22 @@ pause between chunks.
 
 import asyncio
 import json
+import time
+import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from tests.simulators.market import NO_TLS, Json, SimulatorProcess, cut, never, serve
 
 KEY = "sk-upstream-simulated"
 CALLS: dict[str, Json] = {}
 """By the request's ``user``, or its number: what was said, and how it ended."""
-_CHUNK = (
-    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":'
-    b'[{"index":0,"delta":{"content":"word "},"finish_reason":null}],"usage":null}\n\n'
-)
 
 
 def usage_of(body: Json, chunks: int) -> Json:
@@ -34,12 +34,11 @@ def usage_of(body: Json, chunks: int) -> Json:
     }  # fmt: skip
 
 
-async def complete(scope: Scope, receive: Receive, send: Send) -> None:
+async def complete(http: Request) -> Response:
     """``POST /v1/chat/completions``."""
-    http = Request(scope, receive)
     if http.headers.get("authorization") != f"Bearer {KEY}":
-        return await JSONResponse({"error": {"message": "the key sk-platform is wrong"}}, 401)(scope, receive, send)
-    body = json.loads(await http.body())
+        return JSONResponse({"error": {"message": "the key sk-platform is wrong"}}, 401)
+    body = await http.json()
     try:
         order = json.loads(body["messages"][-1]["content"])
     except (ValueError, TypeError):
@@ -48,55 +47,50 @@ async def complete(scope: Scope, receive: Receive, send: Send) -> None:
     chunks = min(order.get("chunks", 50), body.get("max_tokens", 1 << 30))
     kind, usage = order.get("kind", ""), usage_of(body, chunks)
     seen = CALLS[str(body.get("user") or len(CALLS))] = {"model": body["model"], "usage": usage, "ended": False, "asked": body}
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body["model"]}
     if kind == "status":
         error = {"error": {"message": order.get("message", "simulated"), "type": "x"}}
-        return await JSONResponse(error, order["status"], {"Retry-After": "3"})(scope, receive, send)
+        return JSONResponse(error, order["status"], {"Retry-After": "3"})
     if kind == "html":
-        return await Response("<html>busy</html>", 200, media_type="text/html")(scope, receive, send)
+        return Response("<html>busy</html>", 200, media_type="text/html")
     if body.get("stream"):
-        return await _stream(http, send, seen, order, chunks)
+        return StreamingResponse(_stream(http, seen, order, head, chunks), media_type="text/event-stream")
     await asyncio.sleep(order.get("sleep_s", 0) * chunks)
     if kind == "cut":
-        return await cut(http)
+        await cut(http)
     if kind == "hang":
-        await never(http)
-        return None
+        return await never(http)
     seen["ended"] = True
     choice = {"index": 0, "message": {"role": "assistant", "content": "word " * chunks}, "finish_reason": "stop"}
-    said: Json = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
-    return await JSONResponse(said | ({} if kind == "no_usage" else {"usage": usage}))(scope, receive, send)
+    whole = head | {"object": "chat.completion", "choices": [choice]}
+    return JSONResponse(whole | ({} if kind == "no_usage" else {"usage": usage}))
 
 
-async def _stream(http: Request, send: Send, seen: Json, order: Json, chunks: int) -> None:
-    async def write(data: bytes, more: bool = True) -> None:
-        await send({"type": "http.response.body", "body": data, "more_body": more})
+async def _stream(http: Request, seen: Json, order: Json, head: Json, chunks: int) -> AsyncIterator[bytes]:
+    def event(choices: list[Json], usage: Json | None = None) -> bytes:
+        return b"data: " + json.dumps(head | {"object": "chat.completion.chunk", "choices": choices, "usage": usage}).encode() + b"\n\n"
 
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
-    kind, sleep_s = order.get("kind", ""), order.get("sleep_s", 0)
+    kind = order.get("kind", "")
     for number in range(chunks):
-        if kind in ("cut", "hang") and number == order.get("break_at", 0):
-            await (cut(http) if kind == "cut" else never(http))
-            return
-        await write(_CHUNK)
-        if sleep_s:
-            await asyncio.sleep(sleep_s)
+        if number == order.get("break_at", 0) and kind == "cut":
+            await cut(http)
+        if number == order.get("break_at", 0) and kind == "hang":
+            await never(http)
+        yield event([{"index": 0, "delta": {"content": "word "}, "finish_reason": None}])
+        # Each token leaves by itself, as it does where a model makes it; without the step all of them would be sent as one.
+        await asyncio.sleep(order.get("sleep_s", 0))
     if kind != "no_usage":
-        last = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [], "usage": seen["usage"]}
-        await write(b"data: " + json.dumps(last).encode() + b"\n\n")
+        yield event([], seen["usage"])
         seen["ended"] = True
-    await write(b"data: [DONE]\n\n", more=False)
+    yield b"data: [DONE]\n\n"
 
 
-async def app(scope: Scope, receive: Receive, send: Send) -> None:
-    """No framework around it: as the bare floor of the bench it must cost little."""
-    if scope["type"] != "http":
-        return
-    if scope["path"] == "/v1/chat/completions":
-        await complete(scope, receive, send)
-    elif scope["path"] == "/_sim/calls":
-        await JSONResponse(CALLS)(scope, receive, send)
-    else:
-        await JSONResponse({"error": {"message": "nothing is here"}}, 404)(scope, receive, send)
+async def calls(http: Request) -> Response:
+    """``GET /_sim/calls``."""
+    return JSONResponse(CALLS)
+
+
+app = Starlette(routes=[Route("/v1/chat/completions", complete, methods=["POST"]), Route("/_sim/calls", calls)])
 
 
 class UpstreamSimulator(SimulatorProcess):
@@ -116,4 +110,4 @@ class UpstreamSimulator(SimulatorProcess):
 
 
 if __name__ == "__main__":
-    serve(app)  # type: ignore[arg-type]
+    serve(app)

@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from clawplane.deployment.v1 import usage_event_pb2
-from clawplane.deployment.v1.model_call_service_pb2 import SettleModelCallRequest
+from clawplane.deployment.v1.model_call_service_pb2 import ModelCallUsage
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.rules import to_row
@@ -39,15 +39,15 @@ class Credit:
         )  # fmt: skip
 
 
-def abandoned(call: Row) -> SettleModelCallRequest:
+def abandoned(call: Row) -> ModelCallUsage:
     """What is written for a call that nobody has settled. What it has really used nobody knows, so it is what was held for it."""
-    return SettleModelCallRequest(
+    return ModelCallUsage(
         id=call["id"], tokens_in=call["tokens_in_estimate"], tokens_out=call["max_tokens"], estimated=True,
         status=usage_event_pb2.USAGE_STATUS_ERROR,
     )  # fmt: skip
 
 
-def event_of(call: Row, used: SettleModelCallRequest, at: datetime, prices: PriceBook) -> dict[str, Any]:
+def event_of(call: Row, used: ModelCallUsage, at: datetime, prices: PriceBook) -> dict[str, Any]:
     """The usage event of a call, as columns. It happened when it was opened, so its month does not depend on who settles it."""
     who = Caller(
         "claw", "model endpoint", org_id=call["org_id"], user_id=call["user_id"] or "", deployment_id=call["deployment_id"] or "",

@@ -11,7 +11,6 @@ from clawplane.deployment.v1 import model_call_pb2, model_call_service_pb2, mode
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.user.v1.entitlement_service_pb2 import Entitlements
 from services.deployment_svc.model_calls import repository
-from services.deployment_svc.model_calls.models import ModelCall
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.kit import ids
@@ -20,7 +19,6 @@ from services.kit.coalesce import Batcher
 from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.errors import InvalidArgument
-from services.kit.proto import to_proto
 
 log = structlog.get_logger()
 _MINOR = Decimal(100)
@@ -35,7 +33,6 @@ class ModelCallService(model_call_service_pb2_grpc.ModelCallServiceServicer):
     ) -> None:
         self.db, self.settings, self.prices, self.entitlements = db, settings, prices, entitlements
         self._open = Batcher(self._open_many)
-        self._settle = Batcher(self._settle_many)
 
     async def OpenModelCall(self, request: model_call_service_pb2.OpenModelCallRequest, call: Call) -> model_call_pb2.ModelCall:
         limit = self.settings.model_max_tokens
@@ -59,20 +56,22 @@ class ModelCallService(model_call_service_pb2_grpc.ModelCallServiceServicer):
             "created_at": at, "updated_at": at,
         }  # fmt: skip
         await self._open((row, granted))
-        message = to_proto(ModelCall(**row), model_call_pb2.ModelCall)
-        message.cost_estimate = f"{cost.normalize():f}"
+        said: dict[str, Any] = {name: row[name] or "" for name in ("id", "org_id", "deployment_id", "provider", "model", "currency")}
+        message = model_call_pb2.ModelCall(
+            **said, tokens_in_estimate=request.tokens_in_estimate, max_tokens=tokens_out, cost_estimate=f"{cost.normalize():f}"
+        )
+        message.created_at.FromDatetime(at)
+        message.expires_at.FromDatetime(row["expires_at"])
         return message
 
     async def _open_many(self, wishes: list[repository.Wish]) -> list[Any]:
         return await self.db.run(lambda session: repository.open_calls(session, wishes), ALL)
 
-    async def SettleModelCall(
-        self, request: model_call_service_pb2.SettleModelCallRequest, call: Call
-    ) -> model_call_service_pb2.SettleModelCallResponse:
-        return model_call_service_pb2.SettleModelCallResponse(settled=await self._settle(request))
-
-    async def _settle_many(self, used: list[model_call_service_pb2.SettleModelCallRequest]) -> list[bool]:
-        return await self.db.run(lambda session: repository.settle(session, used, self.prices), ALL)
+    async def BatchSettleModelCalls(
+        self, request: model_call_service_pb2.BatchSettleModelCallsRequest, call: Call
+    ) -> model_call_service_pb2.BatchSettleModelCallsResponse:
+        settled = await self.db.run(lambda session: repository.settle(session, request.usages, self.prices), ALL)
+        return model_call_service_pb2.BatchSettleModelCallsResponse(settled=settled)
 
     async def settle_abandoned(self) -> bool:
         """A tick of the loop over calls that nobody has settled; True when there may be more."""

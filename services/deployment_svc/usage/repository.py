@@ -8,6 +8,7 @@ from sqlalchemy import func, inspect, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.deployments.models import Deployment
+from services.deployment_svc.usage import postgres
 from services.deployment_svc.usage.models import UsageEvent, UsageRollup
 from services.deployment_svc.usage.rules import rolled_up
 from services.kit.db import insert_for
@@ -17,6 +18,8 @@ _SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_
 
 async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, str, date]]:
     """Stores those events that are new, with their roll-ups, and returns their (org_id, id, month)."""
+    if session.get_bind().dialect.name == "postgresql":
+        return await postgres.store(session, rows)
     insert = insert_for(session)
     ordered = sorted(rows, key=lambda row: (row["org_id"], row["id"], row["month"]))
     # Given as parameters, SQLAlchemy splits the rows into statements that both drivers can take (32,767 parameters at most).
