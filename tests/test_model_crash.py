@@ -1,0 +1,11 @@
+"""The model endpoint while its gateway is killed: each call is counted once, what a caller saw the end of exactly."""
+
+from pathlib import Path
+
+from tests.conftest import Databases
+from tests.model_proof import prove
+
+
+async def test_a_killed_gateway_loses_no_call(databases: Databases, tmp_path: Path) -> None:
+    said = await prove(databases, tmp_path, calls=80, kills=2, callers=15)
+    assert said["kills"] == 2 and said["exact, and the caller saw the end"] >= 20 and said["estimated"]
