@@ -93,8 +93,15 @@ class Proof:
         await self.ready()
 
     async def call(self, http: httpx.AsyncClient, person: Metadata, attempt: Attempt) -> bool:
-        """Makes the call; whether it ended as it should."""
+        """Makes the call; whether it ended as it should. A gateway that is not there is waited for."""
         headers = dict(person) | {"content-type": "application/json"}
+        while True:
+            with contextlib.suppress(httpx.ConnectError):
+                return await self._once(http, headers, attempt)
+            await asyncio.sleep(0.2)
+
+    @staticmethod
+    async def _once(http: httpx.AsyncClient, headers: dict[str, str], attempt: Attempt) -> bool:
         try:
             async with http.stream("POST", "/v1/chat/completions", content=attempt.raw, headers=headers) as answer:
                 said = b""
@@ -102,6 +109,8 @@ class Proof:
                     said += piece
                     if attempt.fate == "leaves":
                         return True
+        except httpx.ConnectError:
+            raise
         except httpx.HTTPError:
             return False
         attempt.saw_end = answer.status_code == 200 and (b"[DONE]" in said or attempt.fate == "whole")

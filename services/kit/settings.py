@@ -11,7 +11,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class KitSettings(BaseSettings):
     """Read from the environment as ``CLAWPLANE_<NAME>``; nested values as JSON."""
 
-    model_config = SettingsConfigDict(env_prefix="CLAWPLANE_", extra="ignore", frozen=True)
+    # Compose files pass on what is not set as an empty text.
+    model_config = SettingsConfigDict(env_prefix="CLAWPLANE_", extra="ignore", frozen=True, env_ignore_empty=True)
 
     environment: Literal["development", "production"] = Field("development", description="production refuses conveniences")
     data_dir: Path = Field(Path(".clawplane"), description="where the embedded default keeps its files")
