@@ -9,16 +9,12 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import prometheus_client
 import structlog
 import uvicorn
 
-from gateway.app import create_app as create_gateway
-from gateway.settings import GatewaySettings
-from services.deployment_svc.app import create_app as create_deployment
-from services.deployment_svc.markets.local import LocalDriver
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import clients, devkeys, workers
 from services.kit.auth import TokenSigner
@@ -26,15 +22,17 @@ from services.kit.db import Database, check_connections
 from services.kit.migrate import migrate
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
-from services.user_svc.app import create_app as create_user
 from services.user_svc.settings import UserSettings
+
+if TYPE_CHECKING:
+    from gateway.settings import GatewaySettings
 
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
 GATEWAY_PERMISSIONS = ("models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync", "webhooks.ignore")
 """What the gateway's own token may do: webhooks, the sandbox's page and what model calls have used, nothing else."""
-_ISSUERS = {UserSettings: "user_svc", DeploymentSettings: "deployment_svc", GatewaySettings: "gateway"}
+_ISSUERS = {"UserSettings": "user_svc", "DeploymentSettings": "deployment_svc", "GatewaySettings": "gateway"}
 
 
 class StartError(Exception):
@@ -46,11 +44,11 @@ def load_settings(kind: type[S], data_dir: Path | None = None, **given: Any) -> 
     where: dict[str, Any] = {"data_dir": data_dir} if data_dir else {}
     base = KitSettings(**where)
     if base.environment == "development":
-        made = devkeys.settings_for(devkeys.load_or_make(base.data_dir), _ISSUERS.get(kind, "cli"))
+        made = devkeys.settings_for(devkeys.load_or_make(base.data_dir), _ISSUERS.get(kind.__name__, "cli"))
         made |= {"sandbox_enabled": True}
         defaults: dict[str, Any] = {name: value for name, value in made.items() if f"CLAWPLANE_{name.upper()}" not in os.environ}
     else:
-        defaults = {"service_name": _ISSUERS.get(kind, "cli")} if "CLAWPLANE_SERVICE_NAME" not in os.environ else {}
+        defaults = {"service_name": _ISSUERS.get(kind.__name__, "cli")} if "CLAWPLANE_SERVICE_NAME" not in os.environ else {}
     return kind(**(defaults | {"data_dir": base.data_dir} | given))
 
 
@@ -92,11 +90,13 @@ class Stack:
             raise StartError(f"cannot listen on {host}:{port} (gRPC): is something else running there? ({error})") from None
         await self.grpc.start()
 
-    async def start_gateway(self, settings: GatewaySettings) -> None:
+    async def start_gateway(self, settings: "GatewaySettings") -> None:
         """Opens the HTTP port."""
+        from gateway.app import create_app
+
         self._channels = [clients.channel(settings.user_target), clients.channel(settings.deployment_target)]
         channels = {"clawplane.user.v1": self._channels[0], "clawplane.deployment.v1": self._channels[1]}
-        app = self._app = create_gateway(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
+        app = self._app = create_app(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5,
             loop="none", ws="none",
@@ -149,6 +149,11 @@ def stop_event() -> asyncio.Event:
 
 async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, announce: Any) -> None:
     """Both services and the gateway in this process, until it is told to stop; then the local bots are stopped too."""
+    from gateway.settings import GatewaySettings
+    from services.deployment_svc.app import create_app as create_deployment
+    from services.deployment_svc.markets.local import LocalDriver
+    from services.user_svc.app import create_app as create_user
+
     stop = stop_event()
     target, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
     user = load_settings(UserSettings, data_dir)
@@ -195,17 +200,24 @@ async def serve(part: str, host: str, port: int) -> None:
     if base.metrics_port:
         # Each worker counts for itself: their ports follow each other.
         prometheus_client.start_http_server(base.metrics_port + (workers.number() or 0), addr=host)
+    # Each process loads its own part alone: the others would cost it half a second and tens of megabytes.
     if part == "user":
+        from services.user_svc.app import create_app as create_user
+
         user = load_settings(UserSettings)
         await migrate_all(user, None)
         await check_connections(user.database_url, user, 1)
         await stack.start_grpc([create_user(user)], host, port)
     elif part == "deployment":
+        from services.deployment_svc.app import create_app as create_deployment
+
         deployment = load_settings(DeploymentSettings, bind_host=host)
         await migrate_all(None, deployment)
         await check_connections(deployment.database_url, deployment, 1)
         await stack.start_grpc([create_deployment(deployment)], host, port)
     else:
+        from gateway.settings import GatewaySettings
+
         await stack.start_gateway(load_settings(GatewaySettings, http_host=host, http_port=port))
     workers.report_ready(stop.set)
     try:

@@ -60,8 +60,8 @@ def random_key() -> str:
     return base64.b64encode(os.urandom(32)).decode()
 
 
-async def eventually(check: Callable[[], Awaitable[Any]], timeout_s: float = 15, every_s: float = 0.05) -> Any:
-    """Repeats ``check`` until it returns something true; AssertionError with its last answer when it never does."""
+async def eventually(check: Callable[[], Awaitable[Any]], timeout_s: float = 15, every_s: float = 0.03) -> Any:
+    """Repeats ``check``, ever less often, until it returns something true; AssertionError with its last answer when it never does."""
     deadline = time.monotonic() + timeout_s
     while True:
         last = await check()
@@ -70,6 +70,7 @@ async def eventually(check: Callable[[], Awaitable[Any]], timeout_s: float = 15,
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s; the last answer was {last!r}")
         await asyncio.sleep(every_s)
+        every_s = min(0.3, every_s * 1.2)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from tests.processes import OPTIONS, ROOT, Processes
 from tests.simulators.upstream import KEY, UpstreamSimulator
 
 MODEL = "claude-opus-4.5"
-CALL_S = 6
+CALL_S = 4
 """After so long, a call that nobody has settled is settled by estimate."""
 FATES = ["good"] * 8 + ["whole", "whole", "cut", "hang", "no_usage", "html", "leaves", "leaves", "refused"]
 
@@ -166,7 +166,7 @@ async def _run(proof: Proof, calls: int, kills: int, callers: int) -> Counter[st
 async def _events(proof: Proof, person: Metadata, attempts: list[Attempt]) -> list[usage_event_pb2.UsageEvent]:
     """All usage events, once every call that was opened is settled."""
     # What the last killed gateway left is settled by then.
-    await asyncio.sleep(CALL_S + 2)
+    await asyncio.sleep(CALL_S + 1.5)
     found: list[usage_event_pb2.UsageEvent] = []
     async with grpc.aio.insecure_channel(f"127.0.0.1:{proof.processes.ports[1]}", options=OPTIONS) as channel:
         stub = usage_service_pb2_grpc.UsageServiceStub(channel)

@@ -175,6 +175,7 @@ async def test_a_lost_manifest_is_no_lease(calm: AkashSimulator, driver: AkashDr
     await driver.close(order.id)
 
 
+# What Akash does is the same to both engines; what the steps write is tried on both elsewhere.
 PASSING = [
     *[
         (call, {"kind": "status", "status": status})
@@ -189,6 +190,7 @@ PASSING = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_each_failure_that_passes_ends_with_one_bot(akash: Stack, calm: AkashSimulator) -> None:
     """Every documented failure, each for a deployment of its own, all at once."""
     await calm.post("/_sim/strangers", {"names": [None, "theirs"]})
@@ -214,6 +216,7 @@ async def test_each_failure_that_passes_ends_with_one_bot(akash: Stack, calm: Ak
     assert not [one for one in await calm.get("/_sim/orders") if one["touched"]]
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_providers_that_fail_are_left_for_the_next(akash: Stack, calm: AkashSimulator) -> None:
     await calm.post(
         "/_sim/providers",
@@ -235,6 +238,7 @@ async def test_providers_that_fail_are_left_for_the_next(akash: Stack, calm: Aka
     assert "akash1x5 at" in chosen[-1] and "score" in chosen[-1]
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_lease_that_dies_later_is_replaced(akash: Stack, calm: AkashSimulator) -> None:
     person: Person = await akash.person()
     d = await akash.live(person)
@@ -248,6 +252,7 @@ async def test_a_lease_that_dies_later_is_replaced(akash: Stack, calm: AkashSimu
     assert len(await orders(calm, d)) == 1
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_bot_that_stays_silent_is_lost(databases: Databases, calm: AkashSimulator, tmp_path_factory: pytest.TempPathFactory) -> None:
     settings = calm.settings() | {"silent_timeout_s": 1}
     async with running(tmp_path_factory.mktemp("silent"), databases.make(), deployment=settings) as stack:

@@ -40,6 +40,7 @@ async def active(console: AkashSimulator, deployment_id: str) -> list[dict[str, 
     return [one for one in orders if one["name"] == f"clawplane-{deployment_id}" and one["state"] == "active"]
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 @pytest.mark.parametrize("when", [BEFORE, AFTER])
 async def test_killed_at_every_call(databases: Databases, console: AkashSimulator, tmp_path: Path, when: str) -> None:
     await console.post("/_sim/strangers", {"names": [None, "theirs", "clawplane-dep_"]})

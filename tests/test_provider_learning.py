@@ -34,6 +34,7 @@ async def live(stack: Stack, number: int) -> deployment_pb2.Deployment:
     return await stack.live(await stack.person(), token=f"{100000 + number}:{'A' * 35}")
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_probation_doubling_and_forgiveness(databases: Databases, console: AkashSimulator, tmp_path: Path) -> None:
     good = {f"akash1good{number}": {"price": f"{5 + number}"} for number in range(2)}
     await console.post("/_sim/providers", {"akash1a": {"price": "0.001", "refuses": True}} | good)
@@ -62,6 +63,7 @@ async def test_probation_doubling_and_forgiveness(databases: Databases, console:
         assert third.strikes == 1 and (await providers_of(stack))["akash1a"].health != provider_pb2.PROVIDER_HEALTH_PROBING
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_an_operators_word_stands(databases: Databases, console: AkashSimulator, tmp_path: Path) -> None:
     """A permanent entry is never shortened; failures during an exclusion, as of leases in flight, change nothing."""
     providers = {"akash1a": {"price": "0.001", "never_ready": True}} | {f"akash1good{number}": {"price": "5"} for number in range(3)}
@@ -89,6 +91,7 @@ async def test_an_operators_word_stands(databases: Databases, console: AkashSimu
         assert all(one.created_at.ToDatetime(UTC) < datetime.now(UTC) for one in found)
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_what_is_our_own_fault_is_nobodys(databases: Databases, console: AkashSimulator, tmp_path: Path) -> None:
     async with learning_stack(tmp_path, databases.make(), console) as stack:
         for number, status in enumerate((400, 401, 402)):

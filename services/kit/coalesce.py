@@ -1,14 +1,8 @@
 """Concurrent calls of one kind become one piece of work: one query for many gets, one commit for many rows."""
 
 import asyncio
-from collections import namedtuple
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
-
-from sqlalchemy import ARRAY, ColumnElement, Select, any_, bindparam
-from sqlalchemy.orm import InstrumentedAttribute
-
-from services.kit.db import Database
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -120,22 +114,3 @@ class Batcher(Coalescer[T, R]):
             return [*await apart(items[:half]), *await apart(items[half:])]
 
         super().__init__(apart)
-
-
-def by_key(db: Database, statement: Select[Any], key: InstrumentedAttribute[str]) -> Fetch[Any]:
-    """Fetches the rows of a statement over columns by one of them. Core rows, read only: the ORM would cost more than the query."""
-    among: ColumnElement[bool] = (
-        key.in_(bindparam("keys", expanding=True)) if db.is_sqlite else key == any_(bindparam("keys", type_=ARRAY(key.type)))
-    )
-    statement = statement.where(among)
-    names = [str(column.key) for column in statement.selected_columns]
-    # Rows of SQLAlchemy look names up at each access, and have no class that tells them.
-    kind: Any = namedtuple("Row", names)  # type: ignore[misc]
-    at = names.index(key.key)
-
-    async def fetch(keys: list[str]) -> Mapping[str, Any]:
-        async with db.reading.connect() as connection:
-            rows = (await connection.execute(statement, {"keys": keys})).all()
-        return {row[at]: kind._make(row) for row in rows}
-
-    return fetch

@@ -12,11 +12,12 @@ from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS, begin_anew
 from services.kit.call import Call
-from services.kit.coalesce import Loader, by_key
+from services.kit.coalesce import Loader
 from services.kit.columns import now
 from services.kit.db import Database, alone
 from services.kit.errors import InvalidState, NotFound
 from services.kit.proto import columns_for
+from services.kit.rows import by_key
 
 log = structlog.get_logger()
 

@@ -7,9 +7,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1 import user_pb2
 from services.kit.auth import CLERK
-from services.kit.coalesce import Loader, by_key
+from services.kit.coalesce import Loader
 from services.kit.db import Database, alone
 from services.kit.proto import columns_for
+from services.kit.rows import by_key
 from services.user_svc.organizations.models import Membership, Organization
 from services.user_svc.users.models import Identity, User
 
