@@ -99,7 +99,8 @@ class Stack:
         app = self._app = create_app(settings, channels, clients.ServiceCredential(TokenSigner(settings), GATEWAY_PERMISSIONS))
         config = uvicorn.Config(
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5,
-            loop="none", ws="none",
+            # Longer than load balancers and clients keep theirs, so that none of them sends into a connection that is being closed.
+            loop="none", ws="none", timeout_keep_alive=75,
         )  # fmt: skip
         self._http = _Uvicorn(config)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listen(settings.http_host, settings.http_port)]))

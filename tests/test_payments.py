@@ -262,6 +262,7 @@ async def test_a_success_for_what_was_given_up_is_due_for_refund(shop: Shop, buy
     assert [p.refund_due for p in await shop.payments_of(d)] == [True]
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 @pytest.mark.parametrize("kind", ["drop_after", "hang_after", "error500", "html", "rate_limit", "hang"])
 async def test_stripe_breaks_and_the_next_call_works(shop: Shop, buyer: Person, kind: str) -> None:
     times = 1 if kind in ("error500", "html", "rate_limit") else 2

@@ -20,6 +20,7 @@ def console() -> Iterator[AkashSimulator]:
         yield started
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_bad_providers_are_excluded_soon_and_never_too_many(databases: Databases, console: AkashSimulator, tmp_path: Path) -> None:
     async with learning_stack(tmp_path, databases.make(), console) as stack:
         await prove(stack, console, deployments=20, providers=9, bad=3)

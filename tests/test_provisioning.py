@@ -107,6 +107,7 @@ async def test_a_lasting_fault_of_the_providers_is_said_and_can_be_retried(stack
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_no_bidder_at_all_is_a_lasting_fault(stack: Stack, person: Person, calm: MarketSimulator) -> None:
     d = await stack.order(person)
     await calm.post("/_sim/faults", {"step": "offers", "kind": "no_bids", "name": name_of(d), "times": 10_000})
@@ -115,6 +116,7 @@ async def test_no_bidder_at_all_is_a_lasting_fault(stack: Stack, person: Person,
     assert "no provider made an offer" in failed.error_message
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 @pytest.mark.parametrize("call", ["create", "offers", "observe"])
 async def test_a_market_that_is_down_is_waited_for(stack: Stack, person: Person, calm: MarketSimulator, call: str) -> None:
     d = await stack.order(person)
@@ -151,6 +153,7 @@ async def test_a_lost_bot_is_started_again_under_another_key(stack: Stack, perso
     assert any("host died" in event.message for event in events.events)
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 @pytest.mark.parametrize("call", ["find", "create", "offers", "lease", "observe"])
 async def test_a_close_in_the_middle_leaves_nothing(stack: Stack, person: Person, calm: MarketSimulator, call: str) -> None:
     d = await stack.order(person)

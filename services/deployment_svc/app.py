@@ -101,7 +101,7 @@ def create_app(settings: DeploymentSettings) -> App:
             Loop("payment-checks", checker.tick, settings.poll_s),
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
-            Loop("model-calls", model_calls.settle_abandoned, settings.poll_s),
+            Loop("model-calls", model_calls.settle_abandoned, min(10, settings.model_call_s / 10)),
             partitions.keeper(db, PARTITIONED),
             purge.purger(db, KEPT),
         ],
