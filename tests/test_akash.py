@@ -35,7 +35,7 @@ def console() -> Iterator[AkashSimulator]:
 @pytest_asyncio.fixture(scope="module")
 async def akash(databases: Databases, console: AkashSimulator, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
     """A stack whose bots are on the simulated Akash."""
-    async with running(tmp_path_factory.mktemp("akash"), databases.make(), deployment=console.settings()) as made:
+    async with running(tmp_path_factory.mktemp("akash"), databases.make(), deployment=console.settings() | {"sweep_s": 1}) as made:
         yield made
 
 
@@ -265,3 +265,17 @@ async def test_a_bot_that_stays_silent_is_lost(databases: Databases, calm: Akash
 
         await eventually(moved, 30)
         assert len(await orders(calm, d)) == 1
+
+
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
+async def test_an_order_that_comes_late_is_closed(akash: Stack, calm: AkashSimulator, driver: AkashDriver) -> None:
+    """As when Akash carries out, long after we gave up on it, what it was asked to create."""
+    d = await akash.live(await akash.person())
+    late = await driver.create(Spec(name_of(d), d.id, d.org_id, d.model, "telegram"), SECRETS, "s")
+
+    async def closed() -> bool:
+        return [one["dseq"] for one in await orders(calm, d, "closed")] == [late.id]
+
+    await eventually(closed)
+    (order,) = await orders(calm, d)
+    assert order["dseq"] == d.akash_deployment_id and (await akash.get(d.id)).state == deployment_pb2.STATE_ACTIVE

@@ -99,6 +99,7 @@ async def test_killed_at_every_call(processes: Processes, market: MarketSimulato
     await asyncio.gather(*(recovered(processes, market, *one, when) for one in stuck))
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_bot_outlives_the_service_and_is_adopted(databases: Databases, tmp_path: Path) -> None:
     processes = Processes(databases, tmp_path, CLAWPLANE_LEASE_S="1")
     bot = httpx.AsyncClient(trust_env=False, timeout=5)

@@ -100,12 +100,12 @@ async def test_a_stream_is_passed_on_and_counted(models: Stack, caller: Person, 
 
 
 async def test_what_is_sent_upstream(models: Stack, caller: Person, upstream: UpstreamSimulator) -> None:
-    body = ask({"user": caller.user.id, "temperature": 0.5, "tools": [{"type": "function"}]}, stream=True, chunks=1)
+    body = ask({"user": caller.user.id, "temperature": 0.5, "tools": [{"type": "function"}], "n": 2}, stream=True, chunks=1)
     del body["max_tokens"]
     await post(models, caller, body)
     asked = (await upstream.calls())[caller.user.id]["asked"]
     assert asked["model"] == "claude-real" and asked["temperature"] == 0.5 and asked["tools"] == [{"type": "function"}]
-    assert asked["stream_options"] == {"include_usage": True} and asked["max_tokens"] == 8192
+    assert asked["stream_options"] == {"include_usage": True} and asked["max_tokens"] == 4096  # Two choices share what is held.
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ async def test_what_is_sent_upstream(models: Stack, caller: Person, upstream: Up
         ({"kind": "status", "status": 500}, 503, 0),
     ],
 )
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_stream_that_breaks_is_one_estimate(models: Stack, caller: Person, order: dict[str, Any], status: int, estimate: int) -> None:
     answer = await post(models, caller, ask(stream=True, **order))
     assert answer.status_code == status
@@ -128,6 +129,7 @@ async def test_a_stream_that_breaks_is_one_estimate(models: Stack, caller: Perso
 
 
 @pytest.mark.parametrize("kind", ["cut", "hang", "html", "no_usage"])
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_whole_answer_that_breaks_is_one_estimate(models: Stack, caller: Person, kind: str) -> None:
     answer = await post(models, caller, ask(kind=kind))
     assert answer.status_code == (200 if kind == "no_usage" else 502)

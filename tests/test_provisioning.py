@@ -63,6 +63,7 @@ async def test_each_fault_that_passes_ends_with_one_bot(stack: Stack, calm: Mark
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_close_that_breaks_is_repeated(stack: Stack, person: Person, calm: MarketSimulator, kind: str) -> None:
     d = await stack.live(person)
     await calm.post("/_sim/faults", {"step": "close", "kind": kind, "name": name_of(d)})
@@ -70,6 +71,7 @@ async def test_a_close_that_breaks_is_repeated(stack: Stack, person: Person, cal
     assert not await living(calm, d)
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_provider_that_refuses_is_left_for_the_next(stack: Stack, person: Person, calm: MarketSimulator) -> None:
     await calm.post("/_sim/providers", {"p1": {"price": "0.01", "lease_fails": True}, "p2": {"price": "0.02", "never_ready": True}, "p3": {"price": "0.03"}})
     d = await stack.live(person)
@@ -79,6 +81,7 @@ async def test_a_provider_that_refuses_is_left_for_the_next(stack: Stack, person
     assert tried == ["p1", "p2", "p3"]
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_lasting_fault_of_the_providers_is_said_and_can_be_retried(stack: Stack, person: Person, calm: MarketSimulator) -> None:
     d = await stack.order(person)
     await calm.post("/_sim/faults", {"step": "lease", "kind": "refuse", "name": name_of(d), "times": 10_000})

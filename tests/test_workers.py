@@ -135,6 +135,7 @@ async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
     await processes.ready()
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_a_stop_under_load_ends_watches_and_fails_no_call(databases: Databases, market: MarketSimulator, tmp_path: Path) -> None:
     """Two deployment services: one is told to stop while calls and watches are open; the other takes over."""
     processes = Processes(databases, tmp_path, deployments=2, **market_env(market.url))

@@ -44,6 +44,7 @@ class Wish:
     """Most tokens that may come back, over all choices; 0: the caller named none."""
     tokens_in: int
     """Estimate of what is sent."""
+    choices: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def parse(raw: bytes) -> Wish:
     choices = _whole(body, "n", _MOST_CHOICES) or 1
     limit = max(_whole(body, "max_tokens"), _whole(body, "max_completion_tokens"))
     tokens_in = len(raw) // _CHARS_A_TOKEN + 1
-    return Wish(body, model, stream, bool(options.get("include_usage")), limit * choices, tokens_in)
+    return Wish(body, model, stream, bool(options.get("include_usage")), limit * choices, tokens_in, choices)
 
 
 def _whole(body: Mapping[str, Any], name: str, most: int = 10_000_000) -> int:
@@ -99,7 +100,8 @@ def outgoing(wish: Wish, model: str, max_tokens: int) -> bytes:
     """What is sent upstream: with the provider's own name of the model, a bound on the answer, and the usage asked for."""
     body = wish.body | {"model": model}
     if not wish.max_tokens:
-        body["max_tokens"] = max_tokens
+        # What is held is for all choices together.
+        body["max_tokens"] = max(1, max_tokens // wish.choices)
     if wish.stream:
         body["stream_options"] = (body.get("stream_options") or {}) | {"include_usage": True}
     return orjson.dumps(body)

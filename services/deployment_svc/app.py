@@ -20,6 +20,7 @@ from services.deployment_svc.blacklist.service import BlacklistService
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments import repository as deployments
 from services.deployment_svc.deployments.create import Creator
+from services.deployment_svc.deployments.orphans import Orphans
 from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
 from services.deployment_svc.deployments.service import DeploymentService
@@ -100,6 +101,7 @@ def create_app(settings: DeploymentSettings) -> App:
             provisioning,
             Loop("payment-checks", checker.tick, settings.poll_s),
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
+            Loop("orphans", Orphans(db, settings, driver).tick, settings.sweep_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
             Loop("model-calls", model_calls.settle_abandoned, min(10, settings.model_call_s / 10)),
             partitions.keeper(db, PARTITIONED),

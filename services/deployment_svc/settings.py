@@ -63,6 +63,7 @@ class DeploymentSettings(KitSettings):
     all_deploying: int = Field(200, ge=1, description="orders that are brought up at once in all")
     stuck_after_s: float = Field(24 * 3600, gt=0, description="what is not brought up within this FAILS, whoever is at fault")
     reap_s: float = Field(60, gt=0, description="how often deployments that nothing moves any more are looked for")
+    sweep_s: float = Field(600, gt=0, description="how often the market is searched for orders of ours that came to be late")
     bid_window_s: float = Field(0, ge=0, description="offers are collected this long before one is chosen")
     bid_timeout_s: float = Field(60, gt=0, description="an order without a usable offer is given up after this")
     ready_timeout_s: float = Field(120, gt=0, description="a bot that does not answer is given up after this")

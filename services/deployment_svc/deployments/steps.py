@@ -16,6 +16,7 @@ from services.deployment_svc.blacklist.repository import excluded
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments import repository, secrets, state
 from services.deployment_svc.deployments.models import CHANNEL, Deployment
+from services.deployment_svc.deployments.orphans import name_of
 from services.deployment_svc.deployments.state import Step
 from services.deployment_svc.markets.driver import Blame, Driver, Observation, Offer, Order, ProviderError, Secrets, Spec
 from services.deployment_svc.providers import repository as providers
@@ -100,7 +101,9 @@ class Steps:
         async def write(session: AsyncSession, row: Deployment) -> Choice:
             choice = await providers.take_offer(session, offers, row.tried_providers, self.settings)
             if choice.offer is None:
+                row.error_message = f"waiting: {choice.why}" if choice.wait else row.error_message
                 return choice
+            row.error_message = "" if row.error_message.startswith("waiting:") else row.error_message
             row.provider, row.offer_reference = choice.offer.provider, choice.offer.reference
             row.bidders = sorted({offer.provider for offer in offers})
             await providers.note_offers(session, row.bidders)
@@ -291,8 +294,7 @@ class Steps:
         return await self.db.run(work, ALL)
 
     def _spec(self, d: Deployment) -> Spec:
-        return Spec(f"clawplane-{d.id}", d.id, d.org_id, d.model, CHANNEL.words[d.channel])
+        return Spec(name_of(d.id), d.id, d.org_id, d.model, CHANNEL.words[d.channel])
 
     def _order(self, d: Deployment) -> Order:
-        return Order(d.akash_deployment_id or "", f"clawplane-{d.id}", secrets.open_column(self.box, d, "manifest"))
-
+        return Order(d.akash_deployment_id or "", name_of(d.id), secrets.open_column(self.box, d, "manifest"))
