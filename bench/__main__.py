@@ -11,11 +11,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bench import stages
+from bench import report, stages
 from bench.rig import Figures, Rig, rig
 
 Rounds = dict[str, list[Figures]]
 Round = dict[str, Figures]
+_CALLERS = 32
+_KEPT = 3
+"""A run of fewer rounds says too little to be kept."""
 out = Console(highlight=False, width=118)
 
 
@@ -81,8 +84,8 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})"
 
 
-def show(rounds: Rounds, costs: dict[str, float]) -> bool:
-    """Prints everything; whether no gate is missed."""
+def show(rounds: Rounds, costs: dict[str, float]) -> list[tuple[str, str, list[float], str]]:
+    """Prints everything; of each gate what, bound, ratios, verdict."""
     table = Table("", "calls/s", "/ wrapped", "server CPU, us/call", "first ms", "p50 ms", "p99 ms", title="median (least-most)")
     for name, figures in rounds.items():
         share = statistics.median(a.per_s / b.per_s for a, b in zip(figures, rounds[_WRAPPED], strict=True))
@@ -101,14 +104,14 @@ def show(rounds: Rounds, costs: dict[str, float]) -> bool:
     table.add_row("the rest: coroutines, trailing metadata", f"{rest:.1f}", f"{rest / bare:.1%}")
     out.print(table)
     table = Table("gate", "bound", "median (least-most)", "", title="gates, ratios round by round")
-    verdicts = []
+    judged = []
     for gate in GATES:
         ratios, verdict = gate.judge(rounds)
-        verdicts.append(verdict)
         bound = f"{'<=' if gate.at_most else '>='} {gate.bound:.2f}"
+        judged.append((gate.what, bound, ratios, verdict))
         table.add_row(gate.what, bound, f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})", verdict)
     out.print(table)
-    return "MISSED" not in verdicts
+    return judged
 
 
 def main() -> None:
@@ -121,7 +124,12 @@ def main() -> None:
     costs = stages.run()
     with tempfile.TemporaryDirectory(prefix="clawplane-bench-") as folder, rig(Path(folder)) as made:
         rounds = measure(made, given.rounds, given.seconds)
-    raise SystemExit(0 if show(rounds, costs) or given.report_only else 1)
+    judged = show(rounds, costs)
+    if given.rounds >= _KEPT:
+        report.write(rounds, judged, _CALLERS, _WRAPPED)
+        out.print(f"kept in {report.FOLDER / 'latest.md'}")
+    missed = any(verdict == "MISSED" for *_, verdict in judged)
+    raise SystemExit(1 if missed and not given.report_only else 0)
 
 
 if __name__ == "__main__":
