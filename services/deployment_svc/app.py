@@ -99,7 +99,8 @@ def create_app(settings: DeploymentSettings) -> App:
         ],
         loops=[
             provisioning,
-            Loop("payment-checks", checker.tick, settings.poll_s),
+            # Nothing wakes it, and nothing is due to the second.
+            Loop("payment-checks", checker.tick, max(settings.poll_s, min(settings.payment_check_s, settings.refund_check_s) / 100)),
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("orphans", Orphans(db, settings, driver).tick, settings.sweep_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
