@@ -279,3 +279,28 @@ async def test_an_order_that_comes_late_is_closed(akash: Stack, calm: AkashSimul
     await eventually(closed)
     (order,) = await orders(calm, d)
     assert order["dseq"] == d.akash_deployment_id and (await akash.get(d.id)).state == deployment_pb2.STATE_ACTIVE
+
+
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
+async def test_a_failed_provider_keeps_no_valid_key(akash: Stack, calm: AkashSimulator) -> None:
+    """It was handed the bot's key with the manifest, and the bot is not up anywhere yet."""
+    bad = {f"akash1y{number}": {"price": str(number), "takes_no_manifest": True} for number in (1, 2)}
+    await calm.post("/_sim/providers", bad | {"akash1y3": {"price": "3", "never_ready": True}})
+    d = await akash.order(await akash.person())
+    await akash.sandbox_act(d, "pay")
+
+    async def leased() -> Any:
+        (*_, last) = await orders(calm, d) or [{"lease": None}]
+        return last["lease"] and last["lease"]["id"]["provider"] == "akash1y3"
+
+    await eventually(leased)
+
+    async def answer(order: dict[str, Any]) -> int:
+        key = next(line[8:] for line in order["sdl"]["services"]["bot"]["env"] if line.startswith("API_KEY="))
+        return (await akash.http.get("/v1/models", headers={"authorization": f"Bearer {key}"})).status_code
+
+    assert [await answer(order) for order in await orders(calm, d, "closed")] == [401, 401]
+    assert [await answer(order) for order in await orders(calm, d)] == [200]
+    assert (await akash.get(d.id)).state == deployment_pb2.STATE_DEPLOYING
+    await akash.deployments.CloseDeployment(deployment_service_pb2.CloseDeploymentRequest(id=d.id), metadata=akash.operator)
+    await akash.until(d.id, deployment_pb2.STATE_CLOSED)

@@ -11,7 +11,7 @@ import structlog
 
 from clawplane.deployment.v1 import model_call_service_pb2, model_call_service_pb2_grpc
 from clawplane.deployment.v1.model_call_service_pb2 import ModelCallUsage
-from services.kit.coalesce import Batcher
+from services.kit.coalesce import Coalescer
 
 log = structlog.get_logger()
 _TRY_S, _MAX_PAUSE_S = 5.0, 5.0
@@ -23,7 +23,8 @@ class Settler:
     def __init__(self, channel: grpc.aio.Channel, service_metadata: Callable[[], Sequence[tuple[str, str]]]) -> None:
         self._stub = model_call_service_pb2_grpc.ModelCallServiceStub(channel)
         self._metadata = service_metadata
-        self._send = Batcher(self._settle)
+        # Not a Batcher: a service that is away is no reason to try the halves of a batch one by one.
+        self._send: Coalescer[ModelCallUsage, bool] = Coalescer(self._settle)
         self._later: set[asyncio.Task[Any]] = set()
 
     async def settle(self, used: ModelCallUsage, until: float) -> None:

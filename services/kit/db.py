@@ -182,7 +182,7 @@ async def alone(session: AsyncSession, what: str) -> None:
 
 def alone_sync(session: Session, what: str) -> None:
     """As ``alone``, for listeners of the ORM."""
-    if session.get_bind().dialect.name == "postgresql":
+    if is_postgres(session):
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
 
 
@@ -193,9 +193,14 @@ def statement_name(statement: str) -> str:
     return f"{verb} {found.group(1)}" if found else verb
 
 
+def is_postgres(session: AsyncSession | Session) -> bool:
+    """Whether a session talks to PostgreSQL; SQLite otherwise."""
+    return session.get_bind().dialect.name == "postgresql"
+
+
 def insert_for(session: AsyncSession) -> Callable[..., Any]:
     """The engine's own INSERT, which knows ON CONFLICT; both engines take the same calls."""
-    return sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    return postgresql.insert if is_postgres(session) else sqlite.insert
 
 
 _FREE_CONNECTIONS = """

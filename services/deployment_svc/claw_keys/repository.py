@@ -1,5 +1,7 @@
 """Minting, checking and revoking the keys of bots."""
 
+from datetime import datetime
+
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -23,9 +25,23 @@ def mint(session: AsyncSession, d: Deployment, box: SecretBox, environment: str)
     return key
 
 
-async def revoke(session: AsyncSession, deployment_id: str) -> None:
-    """Revokes every key of a deployment."""
+async def mint_for_start(session: AsyncSession, d: Deployment, box: SecretBox, environment: str) -> str:
+    """The text of a new key, which is the deployment's latest from now on."""
+    if d.attempting_since:
+        # Those of starts that came to nothing: a provider that has failed may still know one.
+        await revoke(session, d.id, d.attempting_since)
+    key = mint(session, d, box, environment)
+    # A flush of its own: the key's row comes before whatever points at it.
+    await session.flush()
+    d.claw_key_id = key.id
+    return key.text
+
+
+async def revoke(session: AsyncSession, deployment_id: str, since: datetime | None = None) -> None:
+    """Revokes every key of a deployment, or those that were minted since a time."""
     statement = update(ClawKey).where(ClawKey.deployment_id == deployment_id, ClawKey.revoked_at.is_(None))
+    if since is not None:
+        statement = statement.where(ClawKey.created_at >= since)
     await session.execute(statement.values(revoked_at=now()))
 
 

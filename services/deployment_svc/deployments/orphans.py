@@ -37,20 +37,22 @@ class Orphans:
         last = ""
         while True:
             recent = (Deployment.state == state.ACTIVE) | (Deployment.updated_at > now() - _LOOKED_AT)
-            statement = select(Deployment.id).where(Deployment.state.in_(_SETTLED), Deployment.payment_id.is_not(None), recent)
+            settled = (Deployment.state.in_(_SETTLED), Deployment.payment_id.is_not(None), recent)
+            statement = select(Deployment.id, Deployment.akash_deployment_id).where(*settled)
             if last:
                 statement = statement.where(Deployment.id > last)
             async with self.db.read(ALL) as session:
-                page = list((await session.scalars(statement.order_by(Deployment.id).limit(_PAGE))).all())
-            await asyncio.gather(*(self._look(deployment_id) for deployment_id in page))
+                page = (await session.execute(statement.order_by(Deployment.id).limit(_PAGE))).all()
+            await asyncio.gather(*(self._look(deployment_id, order_id) for deployment_id, order_id in page))
             if len(page) < _PAGE:
                 return False
-            last = page[-1]
+            last = page[-1][0]
 
-    async def _look(self, deployment_id: str) -> None:
+    async def _look(self, deployment_id: str, known: str | None) -> None:
         found = await asyncio.wait_for(self.driver.find(name_of(deployment_id)), self.settings.step_timeout_s)
-        if not found:
+        if not set(found) - {known}:
             return
+        # It may have been ordered anew since the page was read.
         async with self.db.read(ALL) as session:
             d = await session.get(Deployment, deployment_id)
         if d is None or d.state not in _SETTLED or d.undoing:

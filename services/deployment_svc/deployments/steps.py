@@ -75,11 +75,7 @@ class Steps:
         await self._close_orders(d)
 
         async def mint(session: AsyncSession, row: Deployment) -> str:
-            key = claw_keys.mint(session, row, self.box, self.settings.key_environment)
-            # A flush of its own: the key's row comes before whatever points at it.
-            await session.flush()
-            row.claw_key_id = key.id
-            return key.text
+            return await claw_keys.mint_for_start(session, row, self.box, self.settings.key_environment)
 
         opened = [secrets.open_column(self.box, d, column) for column in ("channel_token", "channel_api_key")]
         d, claw_key = await self._write_and_get(d, token, mint)

@@ -16,6 +16,7 @@ from services.deployment_svc.usage.models import UsageRollup
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.rules import month_of
 from services.kit.columns import now
+from services.kit.db import is_postgres
 from services.kit.errors import Exhausted
 
 Row = dict[str, Any]
@@ -37,14 +38,14 @@ async def open_calls(session: AsyncSession, wishes: Sequence[Wish]) -> list[Exha
             money[row["org_id"]] = (spent, held + row["cost_estimate"])
             opened.append(row)
     if opened:
-        await (postgres.insert(session, opened) if _is_postgres(session) else session.execute(insert(ModelCall), opened))
+        await (postgres.insert(session, opened) if is_postgres(session) else session.execute(insert(ModelCall), opened))
     return answers
 
 
 async def _money(session: AsyncSession, org_ids: Sequence[str]) -> dict[str, tuple[Decimal, Decimal]]:
     """(spent this month, held) of each organization. Until the transaction ends, nobody else opens calls of these."""
     first = month_of(now())
-    if _is_postgres(session):
+    if is_postgres(session):
         return await postgres.money(session, org_ids, first)
     costs = (
         select(UsageRollup.org_id, func.sum(UsageRollup.cost))
@@ -74,14 +75,10 @@ async def settle(session: AsyncSession, used: Sequence[ModelCallUsage], prices: 
 
 async def _take(session: AsyncSession, ids: Sequence[str]) -> list[Row]:
     """Removes the calls that are there, and returns them: whoever gets a call writes its event."""
-    if _is_postgres(session):
+    if is_postgres(session):
         return await postgres.take(session, ids)
     gone = await session.execute(delete(ModelCall).where(ModelCall.id.in_(ids)).returning(*ModelCall.__mapper__.columns))
     return [dict(row._mapping) for row in gone]
-
-
-def _is_postgres(session: AsyncSession) -> bool:
-    return session.get_bind().dialect.name == "postgresql"
 
 
 async def settle_abandoned(session: AsyncSession, prices: PriceBook, limit: int) -> int:

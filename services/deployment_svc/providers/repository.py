@@ -37,17 +37,11 @@ async def take_offer(session: AsyncSession, offers: Sequence[Offer], tried: Sequ
 
 async def note_offers(session: AsyncSession, providers: Collection[str]) -> None:
     """Counts an offer of each."""
-    insert = insert_for(session)
     at = now()
-    for address in sorted(providers):
-        row = insert(Provider).values(
-            address=address, offers=1, leases=0, readies=0, losses=0, failures=0, last_failure="", last_offer_at=at
-        )
-        await session.execute(
-            row.on_conflict_do_update(
-                index_elements=["address"], set_={"offers": Provider.offers + 1, "last_offer_at": at, "updated_at": at}
-            )
-        )
+    counts = {"offers": 1, "leases": 0, "readies": 0, "losses": 0, "failures": 0, "last_failure": "", "last_offer_at": at}
+    rows = insert_for(session)(Provider).values([{"address": address} | counts for address in sorted(providers)])
+    again = {"offers": Provider.offers + 1, "last_offer_at": at, "updated_at": at}
+    await session.execute(rows.on_conflict_do_update(index_elements=["address"], set_=again))
 
 
 async def standings(session: AsyncSession, addresses: Collection[str], s: DeploymentSettings) -> dict[str, Standing]:

@@ -11,14 +11,14 @@ from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.usage import postgres
 from services.deployment_svc.usage.models import UsageEvent, UsageRollup
 from services.deployment_svc.usage.rules import rolled_up
-from services.kit.db import insert_for
+from services.kit.db import insert_for, is_postgres
 
 _SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
 
 
 async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, str, date]]:
     """Stores those events that are new, with their roll-ups, and returns their (org_id, id, month)."""
-    if session.get_bind().dialect.name == "postgresql":
+    if is_postgres(session):
         return await postgres.store(session, rows)
     insert = insert_for(session)
     ordered = sorted(rows, key=lambda row: (row["org_id"], row["id"], row["month"]))

@@ -1,5 +1,7 @@
 """SubscriptionService: what payment providers say of customers and subscriptions."""
 
+from datetime import datetime
+
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from sqlalchemy import select, update
@@ -140,6 +142,8 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
 
     async def _project(self, session: AsyncSession, organization: Organization) -> str:
         """Sets tier and status to what the subscriptions say, and tells other services when that is news."""
+        # One at a time for an organization: else two events of two subscriptions would each miss the other's.
+        await session.refresh(organization, with_for_update=True)
         rows = (await session.scalars(select(Subscription).where(Subscription.org_id == organization.id))).all()
         tier, status = projection(rows, self.settings.tiers, self.settings.default_tier)
         if (organization.tier, organization.subscription_status) != (tier, status):
@@ -149,6 +153,5 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
         return tier
 
 
-def _is_older(known: object, event: rpc.ApplyCustomerEventRequest) -> bool:
-    at = to_datetime(event.occurred_at)
-    return known is not None and at < known  # type: ignore[operator]
+def _is_older(known: datetime | None, event: rpc.ApplyCustomerEventRequest) -> bool:
+    return known is not None and to_datetime(event.occurred_at) < known
