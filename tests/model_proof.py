@@ -6,7 +6,9 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,22 +119,61 @@ class Proof:
         return attempt.saw_end
 
 
-async def prove(databases: Databases, folder: Path, calls: int, kills: int, callers: int = 30) -> Counter[str]:
-    """Makes so many calls and as many more as are tried again; what became of them."""
+@contextlib.asynccontextmanager
+async def running(databases: Databases, folder: Path, call_s: float) -> AsyncIterator[Proof]:
+    """The services, the gateway and the provider, each a process."""
     tiers = {"starter": {"price_minor": 2900, "monthly_tokens": 0, "monthly_credit_minor": 10**9, "live_deployments": 0}}
     with UpstreamSimulator() as upstream:
-        processes = Processes(databases, folder, CLAWPLANE_TIERS=json.dumps(tiers), CLAWPLANE_MODEL_CALL_S=str(CALL_S))
+        processes = Processes(databases, folder, CLAWPLANE_TIERS=json.dumps(tiers), CLAWPLANE_MODEL_CALL_S=str(call_s))
         proof = Proof(processes, upstream)
         try:
             await processes.ready()
             proof.start_gateway()
             await proof.ready()
-            return await _run(proof, calls, kills, callers)
+            yield proof
         finally:
             if proof.gateway is not None:
                 proof.gateway.kill()
                 proof.gateway.wait()
             processes.stop()
+
+
+async def prove(databases: Databases, folder: Path, calls: int, kills: int, callers: int = 30) -> Counter[str]:
+    """Makes so many calls and as many more as are tried again; what became of them."""
+    async with running(databases, folder, CALL_S) as proof:
+        return await _run(proof, calls, kills, callers)
+
+
+async def away(databases: Databases, folder: Path, callers: int) -> int:
+    """Streams that end while the deployment service is dead: how many were counted exactly in the end."""
+    async with running(databases, folder, 120) as proof:
+        person = await proof.processes.person()
+        attempts = [Attempt(number, "good") for number in range(callers)]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{proof.port}", trust_env=False, timeout=60) as http:
+            calls = [asyncio.create_task(proof.call(http, person, attempt)) for attempt in attempts]
+
+            async def all_asked() -> bool:
+                return len(await proof.upstream.calls()) == callers
+
+            await eventually(all_asked)
+            dead = proof.processes.running[1]
+            dead.kill()
+            dead.wait()
+            began = time.monotonic()
+            assert all(await asyncio.gather(*calls))
+            assert time.monotonic() - began < 15
+        proof.processes.running[1] = proof.processes.start(1)
+        await proof.processes.ready()
+
+        async def counted() -> int:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{proof.processes.ports[1]}", options=OPTIONS) as channel:
+                stub = usage_service_pb2_grpc.UsageServiceStub(channel)
+                listed = await stub.ListUsage(usage_service_pb2.ListUsageRequest(page_size=250), metadata=person)
+            exact = [event for event in listed.events if not event.estimated]
+            return len(exact) if len(exact) >= callers else 0
+
+        found: int = await eventually(counted, 30)
+        return found
 
 
 async def _run(proof: Proof, calls: int, kills: int, callers: int) -> Counter[str]:

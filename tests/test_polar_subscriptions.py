@@ -1,5 +1,6 @@
 """Polar's customers and subscriptions: tier and status follow, whatever order, however often, and no customer changes hands."""
 
+import asyncio
 import itertools
 import random
 import secrets
@@ -232,3 +233,26 @@ def test_a_tier_is_only_what_is_in_force(rows: list[tuple[str, int]]) -> None:
     live = {one.tier for one in made if one.status in (_S.SUBSCRIPTION_STATUS_ACTIVE, _S.SUBSCRIPTION_STATUS_PAST_DUE)} & set(TIERS)
     assert tier == ("business" if "business" in live else "pro" if "pro" in live else "free")
     assert status in {one.status for one in made} or (not made and status == 0)
+
+
+async def test_two_subscriptions_at_once_are_both_seen(shop: Stack) -> None:
+    """Told of in the same moment after the customer was unlinked: nothing but the projection's own lock keeps them apart."""
+    stub = subscription_service_pb2_grpc.SubscriptionServiceStub(shop.channel)
+
+    def event(sub: str, cus: str, status: "_S.ValueType", user_id: str, minutes: int) -> subscription_service_pb2.ApplySubscriptionEventRequest:
+        made = subscription_service_pb2.ApplySubscriptionEventRequest(
+            provider="polar", external_id=tag(), type="subscription.updated", subscription_id=sub, customer_id=cus, user_id=user_id,
+            product_id=PRO, status=status,
+        )  # fmt: skip
+        made.occurred_at.FromDatetime(START + timedelta(minutes=minutes))
+        return made
+
+    for _ in range(15):
+        buyer, cus = await shop.person(), f"cus-{tag()}"
+        for sub in ("a", "b"):
+            active = event(f"{sub}-{cus}", cus, _S.SUBSCRIPTION_STATUS_ACTIVE, buyer.user.id, 0)
+            await stub.ApplySubscriptionEvent(active, metadata=shop.operator)
+        # Both end: each alone would leave the tier to the other.
+        ended = [event(f"{sub}-{cus}", cus, _S.SUBSCRIPTION_STATUS_CANCELED, "", 1) for sub in ("a", "b")]
+        await asyncio.gather(*(stub.ApplySubscriptionEvent(one, metadata=shop.operator) for one in ended))
+        assert (await user_of(shop, buyer)).tier == "starter"
