@@ -50,14 +50,34 @@ def up(
 ) -> None:
     """Run everything in one process on SQLite: both services, the gateway, local bots, a sandbox checkout."""
 
-    def announce(target: str, url: str) -> None:
+    def announce(target: str, url: str, link: str) -> None:
         took = time.time() - psutil.Process().create_time()
         out.print(f"\n[bold]Clawplane is up[/] [dim]({took:.1f} s)[/]")
-        out.print(f"  gateway  {url}")
+        if link:
+            out.print(f"  sign in  {link}", soft_wrap=True)
+            out.print("           [dim]opens the dashboard, once, within 10 minutes; [bold]clawplane sign-in[/] prints another[/]")
+        out.print(f"  gateway  {url}  [dim](its API: {url}/docs)[/]", soft_wrap=True)
         out.print(f"  gRPC     {target}  [dim](grpcurl -plaintext {target} list)[/]", soft_wrap=True)
         out.print("  try      [bold]make demo[/] in another shell; stop with Ctrl-C\n")
 
     _run(embedded.up(host, grpc_port, http_port, data_dir, announce))
+
+
+@app.command()
+def sign_in(data_dir: DataDir = None) -> None:
+    """Print a one-time link to the dashboard of the running `up`. It signs its operator in, once, within 10 minutes."""
+    from services.demo_stack import running_on
+
+    async def link() -> str:
+        running = await running_on(folder)
+        return await embedded.sign_in_url(running.user, running.http, folder) if running else ""
+
+    folder = data_dir or KitSettings().data_dir
+    found = _run(link())
+    if not found:
+        err.print(f"[red]nothing runs on {folder}: start it with `clawplane up`[/]")
+        raise typer.Exit(1)
+    print(found)
 
 
 @app.command()

@@ -15,6 +15,7 @@ import prometheus_client
 import structlog
 import uvicorn
 
+from clawplane.user.v1 import sign_in_link_service_pb2, sign_in_link_service_pb2_grpc
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import clients, devkeys, workers
 from services.kit.auth import TokenSigner
@@ -157,7 +158,7 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
 
     stop = stop_event()
     target, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
-    user = load_settings(UserSettings, data_dir)
+    user = load_settings(UserSettings, data_dir, sign_in_links=KitSettings().environment == "development")
     public = {"public_url": url} if "CLAWPLANE_PUBLIC_URL" not in os.environ else {}
     deployment = load_settings(DeploymentSettings, data_dir, user_target=target, bind_host=host, **public)
     gateway = load_settings(
@@ -171,7 +172,7 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
     await stack.start_gateway(gateway)
     note = deployment.data_dir / "up.json"
     note.write_text(json.dumps({"pid": os.getpid(), "grpc": target, "http": url}))
-    announce(target, url)
+    announce(target, url, await sign_in_url(target, url, user.data_dir) if user.sign_in_links else "")
     try:
         await stop.wait()
     finally:
@@ -181,6 +182,16 @@ async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, a
             local = LocalDriver(deployment.data_dir / "local", url)
             await local.stop_all()
             await local.shutdown()
+
+
+async def sign_in_url(target: str, url: str, data_dir: Path) -> str:
+    """A new one-time link to the dashboard of an embedded default."""
+    signer = TokenSigner(load_settings(KitSettings, data_dir))
+    credential = clients.ServiceCredential(signer, ["sign_in_links.create"], lifetime_s=60)
+    async with clients.channel(target) as channel:
+        stub = sign_in_link_service_pb2_grpc.SignInLinkServiceStub(channel)
+        made = await stub.CreateSignInLink(sign_in_link_service_pb2.CreateSignInLinkRequest(), metadata=credential(), timeout=5)
+    return f"{url}/dashboard/sign-in?token={made.token}"
 
 
 async def serve_many(part: str, host: str, port: int, count: int) -> int:

@@ -26,7 +26,16 @@ from clawplane.deployment.v1 import (
     sandbox_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
-from clawplane.user.v1 import access_service_pb2_grpc, entitlement_service_pb2_grpc, user_pb2, user_service_pb2, user_service_pb2_grpc
+from clawplane.user.v1 import (
+    access_service_pb2_grpc,
+    entitlement_service_pb2_grpc,
+    session_service_pb2_grpc,
+    sign_in_link_service_pb2,
+    sign_in_link_service_pb2_grpc,
+    user_pb2,
+    user_service_pb2,
+    user_service_pb2_grpc,
+)
 from gateway.settings import GatewaySettings
 from services import embedded
 from services.deployment_svc.app import create_app as create_deployment
@@ -101,6 +110,8 @@ class Stack:
     def __post_init__(self) -> None:
         self.users = user_service_pb2_grpc.UserServiceStub(self.channel)
         self.access = access_service_pb2_grpc.AccessServiceStub(self.channel)
+        self.sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
+        self.sign_in_links = sign_in_link_service_pb2_grpc.SignInLinkServiceStub(self.channel)
         self.entitlements = entitlement_service_pb2_grpc.EntitlementServiceStub(self.channel)
         self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(self.channel)
         self.payments = payment_service_pb2_grpc.PaymentServiceStub(self.channel)
@@ -125,6 +136,18 @@ class Stack:
         wish = user_pb2.User(email=email or f"{secrets.token_hex(8)}@example.com", full_name="Test Person")
         user = await self.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=self.operator)
         return Person(user, self.token_for(user.id))
+
+    async def link(self) -> str:
+        """The token of a new one-time link."""
+        made = await self.sign_in_links.CreateSignInLink(sign_in_link_service_pb2.CreateSignInLinkRequest(), metadata=self.operator)
+        return str(made.token)
+
+    async def sign_in(self) -> Person:
+        """The operator of the embedded default, signed in."""
+        redeem = sign_in_link_service_pb2.RedeemSignInLinkRequest(token=await self.link())
+        answer = await self.sign_in_links.RedeemSignInLink(redeem)
+        user = await self.users.GetUser(user_service_pb2.GetUserRequest(id=answer.session.user_id), metadata=self.operator)
+        return Person(user, (("authorization", f"Bearer {answer.token}"),))
 
     async def order(self, person: Person, token: str = TELEGRAM, model: str = "claude-opus-4.5") -> deployment_pb2.Deployment:
         """Orders a Telegram bot."""
@@ -179,7 +202,7 @@ async def running(
         return devkeys.settings_for(keys, service) | common | extra
 
     user_settings = UserSettings(
-        **made("user_svc", {"user_database_url": urls.get("user_svc", ""), "tiers": tiers, **(user or {})})
+        **made("user_svc", {"user_database_url": urls.get("user_svc", ""), "tiers": tiers, "sign_in_links": True, **(user or {})})
     )
     deployment_settings = DeploymentSettings(
         **made(

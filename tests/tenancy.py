@@ -36,6 +36,8 @@ from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
 from services.user_svc.base import Base as UserBase
 from services.user_svc.organizations.models import Membership
+from services.user_svc.sessions import repository as sessions
+from services.user_svc.users.models import User
 from tests.harness import Metadata, Person, Stack, running
 from tests.valid import LISTED, Maker, Request
 
@@ -64,9 +66,13 @@ class Victim:
     person: Person
     rows: dict[Any, list[dict[str, Any]]]
     """Every row that is his or mentions what is his, by table."""
+    token: str = ""
+    """Of his session."""
 
     def values(self, name: str) -> list[Any]:
-        """The texts and numbers in the columns of a name."""
+        """The texts and numbers in the columns of a name; of a token, which no column holds, the text itself."""
+        if name == "token":
+            return [self.token]
         found = (row.get(name) for rows in self.rows.values() for row in rows)
         return list(dict.fromkeys(value for value in found if isinstance(value, str | int) and value))
 
@@ -172,7 +178,16 @@ class Scene:
         await stack.users.SyncClerkUser(said, metadata=stack.operator)
         excluded = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=f"asked for by {user.email}")
         await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
-        return Victim(person, await self._rows_of(person))
+        token = await self._signed_in(person)
+        return Victim(person, await self._rows_of(person), token)
+
+    async def _signed_in(self, person: Person) -> str:
+        """The token of a new session."""
+        db = Database(self.stack.urls["user_svc"], self.settings, "test")
+        async with db.transaction(ALL) as session:
+            _, token = sessions.start(session, await session.get_one(User, person.user.id), "test")
+        await db.close()
+        return token
 
     async def _at_polar(self, d: deployment_pb2.Deployment, checkout_id: str) -> None:
         """A page at another provider, which this stack does not talk to."""

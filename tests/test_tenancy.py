@@ -98,7 +98,7 @@ async def is_nobody(scene: Scene, method: MethodDescriptor, request: Request) ->
     """The law of those whom no credential stands for."""
     now = int(time.time())
     expired = forged(scene.stack, user=scene.victim.person.user.id, iat=now - 700, exp=now - 100)
-    answers = [await scene.ask(method, request, who) for who in (bearer(expired), bearer("no.such.token"), bearer("claw_live_x"), ())]
+    answers = [await scene.ask(method, request, who) for who in (bearer(expired), bearer("no.such.token"), bearer("claw_live_x"), bearer("sess_test_x"), ())]
     assert {answer.code for answer in answers} == {Code.UNAUTHENTICATED}
     assert len({answer.raw for answer in answers}) == 1, answers
 

@@ -49,7 +49,7 @@ from services.kit import clients, partitions, purge, vault
 from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
 from services.kit.db import Database
-from services.kit.feed import Follower, Remembered, remembered_access
+from services.kit.feed import Follower, Remembered, remembered_access, remembered_sessions
 from services.kit.loops import Loop
 from services.kit.server import App
 
@@ -76,7 +76,9 @@ def create_app(settings: DeploymentSettings) -> App:
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
     kit = Kit(
         "deployment_svc", settings, db,
-        Authenticator(settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}), AuditEvent, IdempotencyKey, box,
+        Authenticator(
+            settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}, remembered_sessions(follower, users.session)
+        ), AuditEvent, IdempotencyKey, box,
     )  # fmt: skip
     prices = PriceBook.load(settings.prices_file)
     model_calls = ModelCallService(db, settings, prices, entitlements)

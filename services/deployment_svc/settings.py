@@ -102,11 +102,6 @@ class DeploymentSettings(KitSettings):
         """The database of this service."""
         return self.deployment_database_url or f"sqlite+aiosqlite:///{self.data_dir / 'deployment_svc.db'}"
 
-    @property
-    def key_environment(self) -> str:
-        """The environment written into keys."""
-        return "live" if self.environment == "production" else "test"
-
     @model_validator(mode="before")
     @classmethod
     def _akash_takes_its_time(cls, given: dict[str, Any]) -> dict[str, Any]:

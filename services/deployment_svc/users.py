@@ -1,6 +1,7 @@
 """What this service asks of the user service."""
 
 from collections.abc import AsyncIterable, Callable, Sequence
+from datetime import UTC
 
 import grpc
 
@@ -11,12 +12,14 @@ from clawplane.user.v1 import (
     change_service_pb2_grpc,
     entitlement_service_pb2,
     entitlement_service_pb2_grpc,
+    session_service_pb2,
+    session_service_pb2_grpc,
 )
 from clawplane.user.v1.change_service_pb2 import Change
-from services.kit.auth import Access
+from services.kit.auth import Access, Session
 from services.kit.errors import NotFound, Unavailable
 
-PERMISSIONS = ("access.resolve", "changes.watch", "entitlements.get")
+PERMISSIONS = ("access.resolve", "changes.watch", "entitlements.get", "sessions.validate")
 """What this service's own token may do there."""
 _TIMEOUT_S = 3.0
 
@@ -27,6 +30,7 @@ class Users:
     def __init__(self, channel: grpc.aio.Channel, credential: Callable[[], Sequence[tuple[str, str]]]) -> None:
         self._access = access_service_pb2_grpc.AccessServiceStub(channel)
         self._entitlements = entitlement_service_pb2_grpc.EntitlementServiceStub(channel)
+        self._sessions = session_service_pb2_grpc.SessionServiceStub(channel)
         self._changes = change_service_pb2_grpc.ChangeServiceStub(channel)
         self._credential = credential
 
@@ -44,7 +48,18 @@ class Users:
             if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
                 return None
             raise Unavailable("the user service does not answer") from error
-        return Access(found.user_id, found.org_id, frozenset(found.permissions), found.email)
+        return Access(found.user_id, found.org_id, frozenset(found.permissions), found.email, found.is_operator)
+
+    async def session(self, token: str) -> Session | None:
+        """The session of a token; None when it does not hold."""
+        request = session_service_pb2.ValidateSessionRequest(token=token)
+        try:
+            found = await self._sessions.ValidateSession(request, metadata=self._credential(), timeout=_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
+                return None
+            raise Unavailable("the user service does not answer") from error
+        return Session(found.id, found.user_id, found.expires_at.ToDatetime(UTC).timestamp())
 
     async def entitlements(self, org_id: str) -> entitlement_service_pb2.Entitlements:
         """The limits of an organization."""

@@ -3,7 +3,7 @@
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -18,6 +18,8 @@ from services.kit.settings import KitSettings, decode_key
 AUDIENCE = "clawplane"
 MAX_LIFETIME_S = 15 * 60
 EVERYTHING = "*"
+SESSION = "sess"
+"""Prefix of a session's token."""
 CLERK = "clerk:"
 """Stands before a user's id at Clerk where a user is looked up."""
 _LEEWAY_S = 10
@@ -41,6 +43,13 @@ class Caller:
     deployment_id: str = ""
     """Set for claw keys: the deployment whose bot calls."""
     key_id: str = ""
+    """The key or session that the call is made with; empty for other credentials."""
+    is_operator: bool = False
+    """Whether this person may also act for the platform."""
+
+    def on_platform(self) -> "Caller":
+        """The same person as an operator, for RPCs that are the platform's own; whoever is none stays what he is."""
+        return replace(self, kind="operator", permissions=frozenset({EVERYTHING}), org_id="") if self.is_operator else self
 
     @property
     def is_platform(self) -> bool:
@@ -70,6 +79,17 @@ class Access:
     org_id: str
     permissions: frozenset[str]
     email: str = ""
+    is_operator: bool = False
+
+
+@dataclass(frozen=True)
+class Session:
+    """A session whose token was found to hold, as user_svc says."""
+
+    id: str
+    user_id: str
+    expires_at: float
+    """Seconds since 1970."""
 
 
 class _Token:
@@ -88,6 +108,8 @@ class _Token:
 
 AccessResolver = Callable[[str, str], Awaitable[Access | None]]
 """(user id, or "clerk:" and the id at Clerk; organization id or "") -> Access, or None when there is no such active user or membership."""
+SessionResolver = Callable[[str], Awaitable[Session | None]]
+"""Token -> session, or None when it does not hold."""
 KeyResolver = Callable[[str], Awaitable[Caller | None]]
 """Key text -> Caller, or None when the key does not hold."""
 
@@ -100,6 +122,7 @@ class Authenticator:
     resolve_access: AccessResolver
     key_resolvers: Mapping[str, KeyResolver] = field(default_factory=dict)
     """Key prefix ("claw") -> how to look it up."""
+    resolve_session: SessionResolver | None = None
 
     def __post_init__(self) -> None:
         self._trusted = {
@@ -119,7 +142,7 @@ class Authenticator:
             wanted_org = NOBODY
         token = self._checked.get(header)
         if token is None or token.good_until < time.time():
-            found = await self._check(header)
+            found = await self._check(header, wanted_org)
             if isinstance(found, Caller):
                 return self._in(found, wanted_org)
             token = found
@@ -127,12 +150,14 @@ class Authenticator:
             return self._in(token.caller, wanted_org)
         access = await self.resolve_access(token.user, token.org or wanted_org)
         if access is None:
-            # A named organization that is not the user's looks like one that does not exist.
-            raise NotFound("organization") if wanted_org and not token.org else Unauthenticated()
+            raise _no_access(wanted_org if not token.org else "")
         # The very same answer makes the very same caller.
         if access is not token.access:
             allowed = access.permissions if EVERYTHING in token.granted else access.permissions & token.granted
-            token.caller = Caller("user", access.user_id, allowed, access.org_id, access.user_id, access.email)
+            token.caller = Caller(
+                "user", access.user_id, allowed, access.org_id, access.user_id, access.email,
+                is_operator=access.is_operator and EVERYTHING in token.granted,
+            )  # fmt: skip
             token.access = access
         return self._in(token.caller, wanted_org)
 
@@ -141,13 +166,28 @@ class Authenticator:
             raise NotFound("organization")
         return caller
 
-    async def _check(self, header: str) -> "Caller | _Token":
+    async def _of_session(self, text: str, wanted_org: str) -> Caller:
+        session = await self.resolve_session(text) if self.resolve_session is not None else None
+        if session is None or session.expires_at <= time.time():
+            raise Unauthenticated()
+        access = await self.resolve_access(session.user_id, wanted_org)
+        if access is None:
+            raise _no_access(wanted_org)
+        return Caller(
+            "user", access.user_id, access.permissions, access.org_id, access.user_id, access.email, key_id=session.id,
+            is_operator=access.is_operator,
+        )  # fmt: skip
+
+    async def _check(self, header: str, wanted_org: str) -> "Caller | _Token":
         """What a credential is that was not seen before, or that is no token."""
         scheme, _, text = header.partition(" ")
         text = text.strip()
         if scheme.lower() != "bearer" or not text:
             raise Unauthenticated()
-        resolver = self.key_resolvers.get(text.partition("_")[0])
+        prefix = text.partition("_")[0]
+        if prefix == SESSION:
+            return await self._of_session(text, wanted_org)
+        resolver = self.key_resolvers.get(prefix)
         if resolver is not None:
             caller = await resolver(text)
             if caller is None:
@@ -187,6 +227,11 @@ class Authenticator:
             if name in claims and not _is_id(claims[name], prefix):
                 raise Unauthenticated()
         return claims
+
+
+def _no_access(wanted_org: str) -> Unauthenticated | NotFound:
+    """A named organization that is not the user's looks like one that does not exist."""
+    return NotFound("organization") if wanted_org else Unauthenticated()
 
 
 def _is_id(value: object, prefix: str) -> bool:

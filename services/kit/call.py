@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,12 @@ class Kit:
     def __post_init__(self) -> None:
         self.limit = RateLimit(self.settings.rate_limit)
         telemetry.IN_FLIGHT.labels(self.name).set_function(lambda: self.in_flight)
+
+
+    async def caller(self, plan: "Plan", metadata: Mapping[str, str | bytes]) -> Caller:
+        """Who calls an RPC: an operator among the users acts for the platform where the RPC is the platform's own."""
+        caller = await self.authenticator.caller(metadata)
+        return caller.on_platform() if plan.audience == options_pb2.AUDIENCE_PLATFORM else caller
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Call:
             yield
             await asyncio.sleep(every_s)
             if time.monotonic() - checked >= _RECHECK_S:
-                caller = await self.kit.authenticator.caller(dict(self.context.invocation_metadata() or ()))
+                caller = await self.kit.caller(self.plan, dict(self.context.invocation_metadata() or ()))
                 if caller.tenant != self.caller.tenant:
                     raise errors.Unauthenticated()
                 self.caller, checked = caller, time.monotonic()
@@ -170,15 +176,16 @@ class Call:
         """A session for reading as the caller."""
         return self.kit.db.read(self.caller.tenant)
 
-    async def run(self, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
-        """As ``transaction``, repeated when two units of work clash; ``work`` may run several times."""
+    async def run(self, work: Callable[[AsyncSession], Awaitable[Any]], tenant: str = "") -> Any:
+        """As ``transaction``, repeated when two units of work clash; ``work`` may run several times. ``tenant`` is for public RPCs, whose
+        caller is known only once the work has found out; elsewhere it is the caller's."""
 
         async def audited(session: AsyncSession) -> Any:
             result = await work(session)
             self._write_along(session)
             return result
 
-        result = await self.kit.db.run(audited, self.caller.tenant)
+        result = await self.kit.db.run(audited, tenant or self.caller.tenant)
         self._done()
         return result
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import grpc
 import structlog
 
-from services.kit.auth import Access, AccessResolver
+from services.kit.auth import Access, AccessResolver, SessionResolver
 
 log = structlog.get_logger()
 V = TypeVar("V")
@@ -126,6 +126,11 @@ class Remembered(Generic[V]):
 def remembered_access(follower: Follower, resolve: AccessResolver) -> AccessResolver:
     """A resolver that asks the other one only for what it does not know."""
     return Remembered(follower, resolve, _whose_access, _about)
+
+
+def remembered_sessions(follower: Follower, resolve: SessionResolver) -> SessionResolver:
+    """The same for sessions; what their user may do is asked apart."""
+    return Remembered(follower, resolve, lambda change: [change.subject], lambda session: [session.id] if session is not None else [])
 
 
 def _whose_access(change: Any) -> list[str]:

@@ -12,6 +12,8 @@ PREFIXES = {
     "Organization": "org",
     "Membership": "mem",
     "Identity": "idn",
+    "Session": "ses",
+    "SignInLink": "sil",
     "Subscription": "sub",
     "Deployment": "dep",
     "DeploymentEvent": "devt",

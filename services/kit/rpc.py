@@ -85,7 +85,7 @@ async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, metadata: Met
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
     public = plan.audience == options_pb2.AUDIENCE_PUBLIC
-    caller = PUBLIC if public else await kit.authenticator.caller(metadata)
+    caller = PUBLIC if public else await kit.caller(plan, metadata)
     call = Call(kit, plan, caller, request_id, context)
     if not public:
         call.permit()

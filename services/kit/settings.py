@@ -47,6 +47,11 @@ class KitSettings(BaseSettings):
     metrics_port: int = Field(0, ge=0, le=65535, description="port of Prometheus metrics of a service alone; 0: none")
     drain_timeout_s: float = Field(5, gt=0, description="time that calls in flight get to finish when the process stops")
 
+    @property
+    def key_environment(self) -> str:
+        """The environment written into keys."""
+        return "live" if self.environment == "production" else "test"
+
     def seed(self) -> bytes:
         """The Ed25519 seed of this process, 32 bytes."""
         return decode_key(self.service_private_key, "service_private_key")

@@ -29,6 +29,8 @@ class UserSettings(KitSettings):
     tiers: dict[str, Tier] = Field(TIERS, description="the tiers, by name")
     polar_tiers: dict[str, str] = Field(default_factory=dict, description="product at Polar -> tier that a subscription to it gives")
     changes_kept_days: int = Field(30, ge=1, description="how long changes are kept for followers that were away")
+    sign_in_links: bool = Field(False, description="one-time links for the operator of the embedded default, which alone sets it")
+    operator_email: str = Field("operator@clawplane.local", description="address of that operator; nobody can own it")
     default_tier: str = Field("starter", description="tier of a new organization")
 
     @model_validator(mode="after")
@@ -36,6 +38,8 @@ class UserSettings(KitSettings):
         for name in (self.default_tier, *self.polar_tiers.values()):
             if name not in self.tiers:
                 raise ValueError(f"{name} is none of CLAWPLANE_TIERS: {', '.join(self.tiers)}")
+        if self.sign_in_links and self.environment == "production":
+            raise ValueError("CLAWPLANE_SIGN_IN_LINKS is for the embedded default: in production people sign in otherwise")
         return self
 
     @property

@@ -22,8 +22,22 @@ class AccessService(access_service_pb2_grpc.AccessServiceServicer):
             raise NotFound("membership")
         user, org_id, role = found
         return access_service_pb2.Access(
-            user_id=user.id, org_id=org_id, role=cast("Role.ValueType", role), permissions=sorted(PERMISSIONS[role]), email=user.email
-        )
+            user_id=user.id, org_id=org_id, role=cast("Role.ValueType", role), permissions=sorted(PERMISSIONS[role]), email=user.email,
+            is_operator=user.is_operator,
+        )  # fmt: skip
+
+    async def WhoAmI(self, request: access_service_pb2.WhoAmIRequest, call: Call) -> access_service_pb2.Access:
+        caller = call.caller
+        if not caller.user_id:
+            raise NotFound("user")
+        async with call.read() as session:
+            found = await repository.membership(session, caller.user_id, call.org_id)
+        if found is None:
+            raise NotFound("membership")
+        return access_service_pb2.Access(
+            user_id=caller.user_id, org_id=caller.org_id, role=cast("Role.ValueType", found[2]), permissions=sorted(caller.permissions),
+            email=caller.email, is_operator=caller.is_operator,
+        )  # fmt: skip
 
 
 def resolver(db: Database) -> AccessResolver:
@@ -38,6 +52,6 @@ def resolver(db: Database) -> AccessResolver:
         if found is None:
             return None
         user, org, role = found
-        return Access(user.id, org, PERMISSIONS[role], user.email)
+        return Access(user.id, org, PERMISSIONS[role], user.email, user.is_operator)
 
     return resolve

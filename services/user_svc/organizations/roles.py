@@ -2,7 +2,12 @@
 
 from clawplane.user.v1.organization_pb2 import Role
 
-_VIEWER = frozenset({"users.get", "users.update", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read"})
+_VIEWER = frozenset(
+    {
+        "users.get", "users.update", "sessions.revoke", "entitlements.get", "deployments.get", "deployments.list", "payments.list",
+        "usage.read",
+    }
+)  # fmt: skip
 _DEVELOPER = _VIEWER | {"deployments.create", "deployments.update", "deployments.close", "usage.record", "models.call"}
 
 PERMISSIONS: dict[int, frozenset[str]] = {

@@ -1,7 +1,7 @@
 """UserService: creation and look-up of users."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.json_format import MessageToDict, MessageToJson
 from sqlalchemy import select
@@ -28,6 +28,7 @@ from services.user_svc.users.rules import free_username, normal_email, username_
 
 _MAX_JSON = 16 * 1024
 _TRIES = 5
+T = TypeVar("T")
 
 
 class UserService(user_service_pb2_grpc.UserServiceServicer):
@@ -45,7 +46,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         async def work(session: AsyncSession) -> repository.UserRow:
             return await self._create(session, call, request.user, request.email_verified, identity)
 
-        return to_message(await self._retry_username(call, work, bool(request.user.username)))
+        return to_message(await self.retry_username(call, work, bool(request.user.username)))
 
     async def GetUser(self, request: user_service_pb2.GetUserRequest, call: Call) -> user_pb2.User:
         if not call.caller.is_platform and request.id != call.caller.user_id:
@@ -68,13 +69,14 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         wish = user_pb2.User(email=request.email, full_name=request.full_name)
 
         async def work(session: AsyncSession) -> repository.UserRow:
-            return await self._ensure(session, call, wish, request.email_verified, request.identity)
+            return await self.ensure(session, call, wish, request.email_verified, request.identity)
 
-        return to_message(await self._retry_username(call, work, False))
+        return to_message(await self.retry_username(call, work, False))
 
-    async def _ensure(
+    async def ensure(
         self, session: AsyncSession, call: Call, wish: user_pb2.User, verified: bool, identity: user_pb2.Identity
     ) -> repository.UserRow:
+        """The user of an identity, linked or made when it is new; part of the caller's transaction."""
         await alone(session, f"e-mail {normal_email(wish.email)}")
         known = await repository.by_identity(session, identity.provider, identity.subject)
         if known:
@@ -185,7 +187,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             response.user_id, response.outcome = await self.sync(session, call, request)
             (await session.get_one(WebhookEvent, taken)).reason = response.outcome
 
-        await self._retry_username(call, work, False)
+        await self.retry_username(call, work, False)
         return response
 
     async def sync(self, session: AsyncSession, call: Call, request: user_service_pb2.SyncClerkUserRequest) -> tuple[str, str]:
@@ -204,15 +206,15 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         if not request.email:
             return "", "ignored: no e-mail address, and no user of this identity"
         wish, identity = clerk.wish_of(request)
-        user, _ = await self._ensure(session, call, wish, request.email_verified, identity)
+        user, _ = await self.ensure(session, call, wish, request.email_verified, identity)
         user.clerk_event_at = to_datetime(request.occurred_at)
         return user.id, "linked or made"
 
-    async def _retry_username(self, call: Call, work: object, named: bool) -> repository.UserRow:
+    async def retry_username(self, call: Call, work: Callable[[AsyncSession], Awaitable[T]], named: bool) -> T:
         """Repeats when another call took the made-up username, the identity or the address in the same moment."""
         for attempt in range(_TRIES):
             try:
-                return await call.run(work)  # type: ignore[arg-type, no-any-return]
+                return await call.run(work)  # type: ignore[no-any-return]
             except IntegrityError as error:
                 if named or attempt == _TRIES - 1:
                     raise
