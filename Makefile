@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SOURCES = $(shell find proto services gateway migrations -name '*.proto' -o -name 'build_hook.py') pyproject.toml
 
-.PHONY: up demo test lint soak bench package clean
+.PHONY: up demo test lint browser soak bench package clean
 
 up: $(VENV)/run.stamp ## run everything in one process
 	@exec $(BIN)/clawplane up $(ARGS)
@@ -13,13 +13,16 @@ demo: $(VENV)/run.stamp ## the whole loop, against the running stack or one of i
 	@$(BIN)/clawplane demo $(ARGS)
 
 test: $(VENV)/test.stamp ## the suite, on SQLite and PostgreSQL
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak and not package" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak and not package and not browser" $(ARGS)
 
 lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python proto/check.py
 	$(BIN)/python -m pytest tests/test_architecture.py
+
+browser: $(VENV)/browser.stamp ## the dashboard in a real Chromium; writes docs/screenshots
+	$(BIN)/python -m pytest tests/browser -m browser $(ARGS)
 
 soak: $(VENV)/test.stamp ## the long proofs
 	$(BIN)/python -m pytest -m soak -s $(ARGS)
@@ -47,6 +50,11 @@ $(VENV)/run.stamp: $(SOURCES) requirements.txt | $(BIN)/python
 $(VENV)/test.stamp: requirements-dev.txt $(VENV)/run.stamp
 	@echo "installing what tests and checks need"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/browser.stamp: $(VENV)/test.stamp
+	@echo "installing what drives a browser"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements-browser.txt
 	@touch $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp

@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from gateway import health, httprule
+from gateway.dashboard.app import Dashboard
 from gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, render
 from gateway.middleware import BodyLimit, Observe, SecurityHeaders
 from gateway.models import sandbox as simulated_model
@@ -52,6 +53,8 @@ def create_app(
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         *build_routes(httprule.services(channels), channels, settings.call_timeout_s),
     ]
+    dashboard = Dashboard(settings, channels)
+    routes.extend(dashboard.routes())
     # Without any secret nothing could be verified, so the address does not exist.
     if settings.stripe_webhook_secrets or settings.sandbox_enabled:
         stripe = StripeReceiver(settings, channels[DEPLOYMENT], service_metadata)
@@ -82,6 +85,7 @@ def create_app(
     # Set when the process stops: open streams end then.
     app.state.stopping = asyncio.Event()
     app.state.models = models
+    app.state.dashboard = dashboard
     return app
 
 

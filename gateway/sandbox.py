@@ -15,9 +15,10 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from clawplane.deployment.v1 import sandbox_service_pb2, sandbox_service_pb2_grpc, sandbox_session_pb2
-from clawplane.errors.v1 import errors_pb2
 from gateway import sandbox_events
-from gateway.errors import ApiError, code_of, from_rpc, make_status, not_found
+from gateway.errors import ApiError, code_of, from_rpc, not_found
+from gateway.money import price
+from gateway.origin import origin_of, refuse_strangers
 from gateway.sandbox_events import ACTIONS, status_word
 from gateway.settings import GatewaySettings
 from gateway.webhooks.receiver import ServiceMetadata
@@ -29,9 +30,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "same-origin",
 }
 _SESSION_ID = re.compile(r"cs_sandbox_[0-9a-zA-Z]{16,64}\Z", re.ASCII)
-_NO_MINOR_UNITS = frozenset(
-    ("bif", "clp", "djf", "gnf", "jpy", "kmf", "krw", "mga", "pyg", "rwf", "ugx", "vnd", "vuv", "xaf", "xof", "xpf")
-)
 
 
 class Sandbox:
@@ -68,7 +66,7 @@ class Sandbox:
     async def act(self, http: Request) -> Response:
         """Does it, sends the webhook, and leads back to the page; as JSON {"status", "webhook"} for callers that accept JSON."""
         try:
-            self._refuse_strangers(http)
+            refuse_strangers(http, self._origin)
             action = ACTIONS.get(http.path_params["action"])
             if action is None:
                 raise not_found()
@@ -83,15 +81,6 @@ class Sandbox:
         if wants_json(http):
             return _json({"status": status_word(session), "webhook": "delivered" if delivered else "delayed"})
         return RedirectResponse(f"/sandbox/checkout/{session.id}" + ("" if delivered else "?webhook=delayed"), 303, PAGE_HEADERS)
-
-    def _refuse_strangers(self, http: Request) -> None:
-        """Forms of other sites must not press our buttons; tools send neither header."""
-        site = http.headers.get("sec-fetch-site", "same-origin")
-        origin = http.headers.get("origin")
-        own = {self._origin, f"{http.url.scheme}://{http.headers.get('host', '')}".lower()}
-        if site not in ("same-origin", "none") or (origin is not None and origin.lower() not in own):
-            message = "The request comes from another site."
-            raise ApiError(make_status(code_pb2.PERMISSION_DENIED, message, errors_pb2.ERROR_REASON_PERMISSION_DENIED))
 
     def _metadata(self, http: Request) -> tuple[tuple[str, str], ...]:
         return (*self._service_metadata(), ("x-request-id", http.scope["state"]["request_id"]))
@@ -111,19 +100,6 @@ def wants_json(http: Request) -> bool:
     """Whether the caller is a tool."""
     accept = http.headers.get("accept", "")
     return "application/json" in accept and "text/html" not in accept
-
-
-def origin_of(url: str) -> str:
-    """``scheme://host[:port]`` of a URL."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
-
-
-def price(amount_minor: int, currency: str) -> str:
-    """An amount for people, for instance "29.00 USD"."""
-    if currency in _NO_MINOR_UNITS:
-        return f"{amount_minor} {currency.upper()}"
-    return f"{amount_minor // 100}.{amount_minor % 100:02d} {currency.upper()}"
 
 
 def view(session: sandbox_session_pb2.SandboxSession) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The ``clawplane`` command."""
 
 import asyncio
+import os
 import secrets
 import sys
 import time
@@ -55,7 +56,8 @@ def up(
         out.print(f"\n[bold]Clawplane is up[/] [dim]({took:.1f} s)[/]")
         if link:
             out.print(f"  sign in  {link}", soft_wrap=True)
-            out.print("           [dim]opens the dashboard, once, within 10 minutes; [bold]clawplane sign-in[/] prints another[/]")
+            again = f"{os.path.relpath(sys.argv[0])} sign-in" if Path(sys.argv[0]).name == "clawplane" else "clawplane sign-in"
+            out.print(f"           [dim]opens the dashboard, once, within 10 minutes; for another: [bold]{again}[/][/]", soft_wrap=True)
         out.print(f"  gateway  {url}  [dim](its API: {url}/docs)[/]", soft_wrap=True)
         out.print(f"  gRPC     {target}  [dim](grpcurl -plaintext {target} list)[/]", soft_wrap=True)
         out.print("  try      [bold]make demo[/] in another shell; stop with Ctrl-C\n")

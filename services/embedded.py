@@ -119,6 +119,7 @@ class Stack:
             self._http.should_exit = True
             await self._http_task
             await self._app.state.models.close()
+            await self._app.state.dashboard.close()
         for channel in self._channels:
             await channel.close()
         if self.grpc:

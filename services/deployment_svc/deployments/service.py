@@ -61,8 +61,22 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
             statement = statement.where(Deployment.deleted_at.is_(None))
         if request.states:
             statement = statement.where(Deployment.state.in_(list(request.states)))
+        if request.model:
+            statement = statement.where(Deployment.model == request.model)
+        if request.channel:
+            statement = statement.where(Deployment.channel == request.channel)
         answer = deployment_service_pb2.ListDeploymentsResponse
         return await list_page(call, request, answer, statement, Deployment.id, to_message)
+
+    async def SummarizeDeployments(
+        self, request: deployment_service_pb2.SummarizeDeploymentsRequest, call: Call
+    ) -> deployment_service_pb2.SummarizeDeploymentsResponse:
+        async with call.read() as session:
+            counts = sorted((await repository.count_by_state(session)).items())
+        return deployment_service_pb2.SummarizeDeploymentsResponse(
+            counts=[deployment_service_pb2.StateCount(state=state, count=count) for state, count in counts],  # type: ignore[arg-type]
+            total=sum(count for _, count in counts),
+        )
 
     async def RetryDeployment(self, request: deployment_service_pb2.RetryDeploymentRequest, call: Call) -> deployment_pb2.Deployment:
         async def work(session: AsyncSession) -> Deployment:

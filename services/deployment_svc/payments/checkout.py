@@ -34,7 +34,7 @@ class Wish:
     @classmethod
     def of(cls, d: Deployment, link: PaymentSession, public_url: str, ttl_s: int) -> "Wish":
         """The page of one link of a deployment. The same link always gives the same wish, so a repeated call is a replay."""
-        here = f"{public_url}/deployments/{d.id}"
+        here = f"{public_url}/dashboard/deployments/{d.id}"
         # Counted from the row, not from now: a repeated call must have the same parameters.
         closes_at = link.created_at.replace(microsecond=0) + timedelta(seconds=ttl_s) if ttl_s < _DAY_S else None
         return cls(

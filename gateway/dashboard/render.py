@@ -1,0 +1,161 @@
+"""How things look on pages: templates, times, amounts, states."""
+
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import jinja2
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.timestamp_pb2 import Timestamp
+from markupsafe import Markup
+from starlette.responses import Response
+
+from clawplane.deployment.v1 import deployment_pb2, provider_pb2
+from clawplane.user.v1 import user_pb2
+from gateway.dashboard.visit import Visit
+from gateway.money import price
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    # With "no-referrer" browsers send "Origin: null" with our own forms, which looks like somebody else's.
+    "Referrer-Policy": "same-origin",
+}
+_MINUTE, _HOUR, _DAY = 60, 3600, 86400
+
+STATES = {
+    deployment_pb2.STATE_PENDING: ("warn", "Waits for payment"),
+    deployment_pb2.STATE_DEPLOYING: ("busy", "Deploying"),
+    deployment_pb2.STATE_ACTIVE: ("good", "Active"),
+    deployment_pb2.STATE_SUSPENDED: ("warn", "Suspended"),
+    deployment_pb2.STATE_FAILED: ("bad", "Failed"),
+    deployment_pb2.STATE_EXPIRED: ("", "Expired"),
+    deployment_pb2.STATE_CANCELED: ("", "Canceled"),
+    deployment_pb2.STATE_CLOSING: ("busy", "Closing"),
+    deployment_pb2.STATE_CLOSED: ("", "Closed"),
+}
+"""State -> (kind of dot, word)."""
+HEALTH = {
+    provider_pb2.PROVIDER_HEALTH_UNPROVEN: ("", "Unproven"),
+    provider_pb2.PROVIDER_HEALTH_HEALTHY: ("good", "Healthy"),
+    provider_pb2.PROVIDER_HEALTH_DEGRADED: ("warn", "Degraded"),
+    provider_pb2.PROVIDER_HEALTH_PROBING: ("busy", "Probing"),
+    provider_pb2.PROVIDER_HEALTH_EXCLUDED: ("bad", "Blacklisted"),
+}
+CHANNELS = {
+    deployment_pb2.CHANNEL_WEB: "Web chat",
+    deployment_pb2.CHANNEL_TELEGRAM: "Telegram",
+    deployment_pb2.CHANNEL_DISCORD: "Discord",
+    deployment_pb2.CHANNEL_WHATSAPP: "WhatsApp",
+}
+
+OUTCOMES = {
+    provider_pb2.OUTCOME_KIND_LEASE: "Offer taken",
+    provider_pb2.OUTCOME_KIND_READY: "Bring up",
+    provider_pb2.OUTCOME_KIND_LOST: "Running",
+}
+
+
+def ago(stamp: Timestamp) -> Markup:
+    """A time relative to now, with the exact one on hover."""
+    moment = stamp.ToDatetime(UTC)
+    exact = moment.strftime("%-d %B %Y, %H:%M:%S UTC")
+    shown = relative(moment, datetime.now(UTC))
+    return Markup('<time datetime="{}" title="{}">{}</time>').format(moment.isoformat(timespec="seconds"), exact, shown)
+
+
+def relative(moment: datetime, now: datetime) -> str:
+    """ "3 min ago", "in 2 h", "just now"; a date when it is further than a month away."""
+    seconds = (now - moment).total_seconds()
+    distance = abs(seconds)
+    if distance < 10:
+        return "just now"
+    if distance >= 30 * _DAY:
+        return moment.strftime("%-d %b %Y")
+    for size, word in ((_DAY, "d"), (_HOUR, "h"), (_MINUTE, "min"), (1, "s")):
+        if distance >= size:
+            text = f"{int(distance // size)} {word}"
+            return f"{text} ago" if seconds > 0 else f"in {text}"
+    return "just now"
+
+
+def exact_money(cost: str | Decimal, currency: str) -> str:
+    """An exact decimal for people: two digits, more where it is less than a cent, never rounded to nothing."""
+    amount = Decimal(cost or "0")
+    if amount and abs(amount) < Decimal("0.01"):
+        return f"{amount.quantize(Decimal('0.000001')).normalize():f} {currency.upper()}".strip()
+    return f"{amount.quantize(Decimal('0.01')):,} {currency.upper()}".strip()
+
+
+def small_money(amount: Decimal) -> str:
+    """An amount in a column of them: four digits, so that they stand below each other."""
+    return "<0.0001" if 0 < amount < Decimal("0.0001") else f"{amount.quantize(Decimal('0.0001')):,}"
+
+
+def count(number: int) -> str:
+    """A number with its thousands apart."""
+    return f"{number:,}"
+
+
+def with_query(query: Mapping[str, str], **changes: Any) -> str:
+    """A query with some of its values changed; empty ones are left out."""
+    kept = {name: str(value) for name, value in {**query, **changes}.items() if value not in ("", None)}
+    return f"?{urlencode(kept)}" if kept else "?"
+
+
+def payload(message: Any) -> str:
+    """What an event says, as JSON to read."""
+    return json.dumps(MessageToDict(message), indent=2, ensure_ascii=False)
+
+
+def _capitalize_first(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _numbers(enum: Any) -> dict[str, int]:
+    """An enum as templates name it: the last words of a name -> number."""
+    prefix = next(value.name for value in enum.DESCRIPTOR.values if value.number == 0).removesuffix("UNSPECIFIED")
+    return {value.name.removeprefix(prefix): value.number for value in enum.DESCRIPTOR.values}
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent.parent / "templates")
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
+    )
+    made.filters |= {"ago": ago, "count": count, "payload": payload, "capitalize_first": _capitalize_first}
+    made.globals |= {
+        "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "STATES": STATES, "HEALTH": HEALTH, "CHANNELS": CHANNELS,
+        "OUTCOMES": OUTCOMES, "State": _numbers(deployment_pb2.State), "Health": _numbers(provider_pb2.ProviderHealth),
+        "SUBSCRIPTIONS": {number: name.replace("_", " ").lower() for name, number in _numbers(user_pb2.SubscriptionStatus).items()},
+    }  # fmt: skip
+    return made
+
+
+_PAGES = _environment()
+
+
+NOTICES = {
+    "saved": "Saved.",
+    "paid": "Thank you. The payment is confirmed by the provider; the bot starts as soon as that arrives.",
+    "retry": "The bot is being started again.",
+    "cancel": "The order is cancelled.",
+    "close": "The bot is being closed.",
+    "delete": "The deployment is removed from the list.",
+    "rotate": "The bot is being started again with a new key.",
+    "excluded": "The provider gets no more bots.",
+    "admitted": "The provider may make offers again.",
+    "replayed": "The event was applied again.",
+    "signed-out": "You are signed out.",
+}
+"""What an address may ask a page to say."""
+
+
+def render(template: str, visit: Visit, status: int = 200, **values: Any) -> Response:
+    """A page for a visitor."""
+    given = {"visit": visit, "notice": NOTICES.get(visit.query.get("done", ""), "")} | values
+    return Response(_PAGES.get_template(f"dashboard/{template}").render(given), status, HEADERS, "text/html")

@@ -1,0 +1,118 @@
+"""A month of work for the pages to show: bots in every state, usage of several models, providers that fail."""
+
+import random
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from clawplane.deployment.v1 import deployment_pb2, provider_pb2, usage_event_pb2, usage_service_pb2
+from clawplane.user.v1 import user_pb2, user_service_pb2
+from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
+from services.deployment_svc.providers.models import Provider, ProviderOutcome
+from services.kit import ids
+from services.kit.columns import now
+from services.kit.db import ALL, Database
+from services.kit.devkeys import settings_for
+from services.kit.settings import KitSettings
+from tests.harness import Person, Stack
+
+MODELS = {"claude-opus-4.5": "anthropic", "gpt-3.2": "openai", "gemini-3-flash": "google", "minimax-m2.5": "minimax"}
+_PROVIDERS = {
+    "akash1q8s0kz7v4n2e6f3d5j9xw": (412, 61, 60, 1, 0, ""),
+    "akash1t3m5y8r2c6u9a4l7h0pgx": (388, 44, 41, 2, 1, "The bot did not answer within 10 minutes of its lease."),
+    "akash1w7d9f2k5s8z3v6b0n4mqe": (205, 19, 14, 5, 2, "The lease was closed by the provider."),
+    "akash1x2c4v6b8n0m1a3s5d7fgh": (97, 0, 0, 0, 0, ""),
+}
+
+
+def database(stack: Stack, service: str) -> Database:
+    """A service's database, opened apart from the service."""
+    return Database(stack.urls.get(service) or f"sqlite+aiosqlite:///{stack.data_dir / f'{service}.db'}", KitSettings(**settings_for(stack.keys, service)), "test")  # type: ignore[arg-type]
+
+
+async def plant(stack: Stack, operator: Person) -> None:
+    """Everything; what can be made by an RPC is made by one."""
+    for name in ("ada.lovelace", "grace.hopper", "alan.turing", "katherine.johnson", "linus.pauling"):
+        wish = user_pb2.User(email=f"{name}@example.com", full_name=name.replace(".", " ").title())
+        made = await stack.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish, email_verified=name < "h"), metadata=stack.operator)
+        if name.startswith("alan"):
+            off = user_service_pb2.UpdateUserAccountRequest(id=made.id, is_active=False)
+            await stack.users.UpdateUserAccount(off, metadata=stack.operator)
+    db = database(stack, "deployment_svc")
+    async with db.transaction(ALL) as session:
+        planted = _deployments(session, operator)
+        _providers(session, planted)
+    await db.close()
+    await _usage(stack, operator, planted)
+
+
+def _deployments(session: AsyncSession, operator: Person) -> list[str]:
+    states = [
+        (deployment_pb2.STATE_FAILED, "Support desk", "no provider made an offer within the window, 3 attempts", deployment_pb2.CHANNEL_TELEGRAM, 26),
+        (deployment_pb2.STATE_SUSPENDED, "Night watch", "", deployment_pb2.CHANNEL_DISCORD, 20),
+        (deployment_pb2.STATE_CLOSED, "Launch party", "", deployment_pb2.CHANNEL_WEB, 600),
+        (deployment_pb2.STATE_EXPIRED, "", "", deployment_pb2.CHANNEL_WHATSAPP, 300),
+        (deployment_pb2.STATE_CANCELED, "", "", deployment_pb2.CHANNEL_TELEGRAM, 90),
+    ]
+    made = []
+    for number, (state, name, message, channel, hours) in enumerate(states):
+        d = _row(operator, now() - timedelta(hours=hours), list(MODELS)[number % len(MODELS)], state=state, display_name=name, error_message=message, channel=channel)
+        session.add(d)
+        session.add(DeploymentEvent(org_id=operator.org_id, deployment_id=d.id, kind="ordered", state=deployment_pb2.STATE_PENDING, message="ordered"))
+        made.append(d.id)
+    return made
+
+
+def _row(person: Person, at: datetime, model: str, **values: Any) -> Deployment:
+    return Deployment(
+        id=ids.new("dep"), org_id=person.org_id, user_id=person.user.id, email=person.user.email, model=model, fingerprint=ids.uuid7().bytes * 2,
+        payment_provider="sandbox", price_minor=2900, currency="usd", livemode=False, created_at=at, updated_at=at, **values,
+    )  # fmt: skip
+
+
+async def many(stack: Stack, person: Person, count: int) -> None:
+    """As many deployments that have ended, for pages that must stay quick."""
+    db = database(stack, "deployment_svc")
+    async with db.transaction(ALL) as session:
+        for number in range(count):
+            state = (deployment_pb2.STATE_CLOSED, deployment_pb2.STATE_ACTIVE, deployment_pb2.STATE_FAILED)[number % 3]
+            session.add(_row(person, now() - timedelta(minutes=number), "gpt-3.2", state=state, channel=deployment_pb2.CHANNEL_WEB, display_name=f"bot {number}"))
+    await db.close()
+
+
+def _providers(session: AsyncSession, deployments: list[str]) -> None:
+    for number, (address, (offers, leases, readies, failures, losses, failure)) in enumerate(_PROVIDERS.items()):
+        at = now() - timedelta(hours=3 * number + 1)
+        session.add(
+            Provider(
+                address=address, offers=offers, leases=leases, readies=readies, failures=failures, losses=losses, last_offer_at=now(),
+                last_ready_at=at if readies else None, last_failure_at=at if failures else None, last_failure=failure,
+            )
+        )  # fmt: skip
+        for back in reversed(range(min(12, readies + failures))):
+            good = back >= min(failures, 4)
+            session.add(
+                ProviderOutcome(
+                    provider_address=address, deployment_id=deployments[back % len(deployments)], is_good=good,
+                    kind=provider_pb2.OUTCOME_KIND_READY if back % 3 else provider_pb2.OUTCOME_KIND_LEASE, reason="" if good else failure,
+                    created_at=now() - timedelta(hours=number + 5 * back), expires_at=now() + timedelta(days=30),
+                )
+            )  # fmt: skip
+
+
+async def _usage(stack: Stack, operator: Person, deployments: list[str]) -> None:
+    dice = random.Random(7)
+    events = []
+    for back in range(28, -1, -1):
+        for rank, (model, provider) in enumerate(MODELS.items()):
+            for _ in range(dice.randint(1, 5 - rank)):
+                tokens = dice.randint(400, 9000) * (2 if back < 9 else 1)
+                event = usage_event_pb2.UsageEvent(
+                    id=ids.uuid7().hex, provider=provider, model=model, tokens_in=tokens, tokens_out=tokens // 3,
+                    deployment_id=deployments[rank % 2],
+                )  # fmt: skip
+                event.occurred_at.FromDatetime(now() - timedelta(days=back, minutes=5))
+                events.append(event)
+    answer = await stack.usage.BatchRecordUsage(usage_service_pb2.BatchRecordUsageRequest(events=events), metadata=operator.metadata)
+    assert answer.accepted == len(events), answer.errors
