@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from decimal import Decimal
 from xml.etree import ElementTree
 
-import pygal
 from markupsafe import Markup
 
 _UNWANTED = {"script", "style", "defs", "desc", "title"}
@@ -13,6 +12,9 @@ _SVG = "http://www.w3.org/2000/svg"
 
 def stacked_bars(days: Sequence[str], series: Sequence[tuple[str, Sequence[Decimal]]], label: str, unit: str) -> Markup:
     """Bars by day, one colour a series. ``label`` says it to those who do not see it; the numbers stand in a table beside it."""
+    # It takes an eighth of a second to load, which only this page needs.
+    import pygal
+
     chart = pygal.StackedBar(
         width=880, height=260, js=(), css=(), show_legend=False, explicit_size=False, print_values=False, margin=8, spacing=8,
         show_minor_x_labels=False, x_labels_major_every=max(1, len(days) // 7), disable_xml_declaration=True, no_data_text="",

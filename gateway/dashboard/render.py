@@ -129,8 +129,9 @@ def _environment() -> jinja2.Environment:
     )
     made.filters |= {"ago": ago, "count": count, "payload": payload, "capitalize_first": _capitalize_first}
     made.globals |= {
-        "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "STATES": STATES, "HEALTH": HEALTH, "CHANNELS": CHANNELS,
-        "OUTCOMES": OUTCOMES, "State": _numbers(deployment_pb2.State), "Health": _numbers(provider_pb2.ProviderHealth),
+        "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "STATES": STATES, "HEALTH": HEALTH,
+        "CHANNELS": CHANNELS, "OUTCOMES": OUTCOMES,
+        "State": _numbers(deployment_pb2.State), "Health": _numbers(provider_pb2.ProviderHealth),
         "SUBSCRIPTIONS": {number: name.replace("_", " ").lower() for name, number in _numbers(user_pb2.SubscriptionStatus).items()},
     }  # fmt: skip
     return made
