@@ -19,12 +19,9 @@ from services.kit.rpc import Registrar
 
 log = structlog.get_logger()
 
-_OPTIONS = [
-    ("grpc.so_reuseport", 1),
-    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
+_OPTIONS = [("grpc.so_reuseport", 1), ("grpc.keepalive_permit_without_calls", 1)]
+_GRPCIO_OPTIONS = [("grpc.max_connection_idle_ms", 15 * 60 * 1000), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
+"""The native transport refuses the first and takes pings at any pace."""
 
 _QUIET_S = 0.2
 
@@ -45,15 +42,26 @@ class App:
     """Called last, in order."""
 
 
+def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
+    """The server of a transport; ValueError when it cannot be had."""
+    options = [*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
+    if transport == "grpcio":
+        return grpc.aio.server(options=[*options, *_GRPCIO_OPTIONS])
+    if tls:
+        raise ValueError("CLAWPLANE_TRANSPORT=native has no TLS: put a proxy that ends TLS before it, or use grpcio")
+    try:
+        import pygrpc_native.aio
+    except ImportError:
+        raise ValueError("CLAWPLANE_TRANSPORT=native needs the package pygrpc-native: pip install 'clawplane[native]'") from None
+    return pygrpc_native.aio.server(options=options)
+
+
 class Server:
     """Serves one or more apps at one address. ``port`` 0 picks a free one; TLS with a key and certificate file."""
 
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
-        limit = max(app.kit.settings.max_message_bytes for app in apps)
-        self.server = grpc.aio.server(
-            options=[*_OPTIONS, ("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
-        )
+        self.server = _make(apps[0].kit.settings.transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
         self.health = health.aio.HealthServicer()
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
