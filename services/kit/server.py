@@ -3,7 +3,8 @@
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,58 @@ def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
     return pygrpc_native.aio.server(options=options)
 
 
+class _Open:
+    """The streams of health and reflection that are open: they last as long as their clients like."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Around one stream."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    def end(self) -> None:
+        """Ends them all."""
+        for task in list(self._tasks):
+            task.cancel()
+
+
+class _Health(health.aio.HealthServicer):
+    def __init__(self, streams: _Open) -> None:
+        super().__init__()
+        self._streams = streams
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
+        with self._streams.one():
+            await super().Watch(request, context)
+
+
+class _Reflection(reflection.aio.ReflectionServicer):
+    def __init__(self, names: Sequence[str], streams: _Open) -> None:
+        super().__init__(names)
+        self._streams = streams
+
+    async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
+        with self._streams.one():
+            async for answer in super().ServerReflectionInfo(requests, context):
+                yield answer
+
+
 class Server:
     """Serves one or more apps at one address. ``port`` 0 picks a free one; TLS with a key and certificate file."""
 
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
         self.server = _make(apps[0].kit.settings.transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
-        self.health = health.aio.HealthServicer()
+        self._open = _Open()
+        self.health = _Health(self._open)
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
             registrar = Registrar(self.server, app.kit)
@@ -80,7 +126,7 @@ class Server:
             self.port = self.server.add_insecure_port(address)
 
     def _add_reflection(self) -> None:
-        servicer = reflection.aio.ReflectionServicer(self.names)
+        servicer = _Reflection(self.names, self._open)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
         # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
         handler = grpc.stream_stream_rpc_method_handler(
@@ -139,4 +185,6 @@ class Server:
             if any(app.kit.in_flight or app.kit.streams for app in self.apps):
                 quiet_since = time.monotonic()
             await asyncio.sleep(0.01)
+        # The native transport knows of one stop only, the first with its whole grace.
+        self._open.end()
         await self.server.stop(_QUIET_S)
