@@ -54,7 +54,8 @@ def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
         import pygrpc_native.aio
     except ImportError:
         raise ValueError("CLAWPLANE_TRANSPORT=native needs the package pygrpc-native: pip install 'clawplane[native]'") from None
-    return pygrpc_native.aio.server(options=options)
+    # One thread for HTTP/2 keeps up with the one that runs Python; a second would cost each call a tenth more.
+    return pygrpc_native.aio.Server(options=options, io_threads=1)
 
 
 class _Open:
