@@ -95,9 +95,13 @@ async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
 
 @on_a_server
 async def test_workers_run_on_the_transport_that_was_asked_for(processes: Processes) -> None:
-    for worker in workers_of(processes.running[1]):
-        loaded = any("pygrpc_native" in mapped.path for mapped in worker.memory_maps())
-        assert loaded == (TRANSPORT == "native")
+    async def loaded() -> bool:
+        maps = [worker.memory_maps() for worker in workers_of(processes.running[1])]
+        of_each = [any(f"/{library}." in mapped.path for mapped in one) for one in maps]
+        return len(of_each) == WORKERS and all(of_each)
+
+    library = {"grpcio": "cygrpc", "native": "pygrpc_native/_native"}[TRANSPORT]
+    assert await eventually(loaded, 40)
 
 
 @on_a_server

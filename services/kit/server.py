@@ -3,8 +3,9 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,16 @@ from services.kit.rpc import Registrar
 
 log = structlog.get_logger()
 
+_IDLE_MS = 15 * 60 * 1000
 _OPTIONS = [("grpc.so_reuseport", 1), ("grpc.keepalive_permit_without_calls", 1)]
-_GRPCIO_OPTIONS = [("grpc.max_connection_idle_ms", 15 * 60 * 1000), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
-"""The native transport refuses the first and takes pings at any pace."""
+_OPTIONS_OF = {
+    "grpcio": [("grpc.max_connection_idle_ms", _IDLE_MS), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)],
+    # It cannot close idle connections, but it finds out which of them are dead; and it takes pings at any pace.
+    "native": [("grpc.keepalive_time_ms", _IDLE_MS)],
+}
 
 _QUIET_S = 0.2
+_MOST_THREADS = 10_000
 
 Register = Callable[[Any, Any], None]
 
@@ -45,9 +51,10 @@ class App:
 
 def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
     """The server of a transport; ValueError when it cannot be had."""
-    options = [*_OPTIONS, ("grpc.max_receive_message_length", max_message_bytes), ("grpc.max_send_message_length", max_message_bytes)]
+    limits = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("receive", "send")]
+    options = [*_OPTIONS, *_OPTIONS_OF[transport], *limits]
     if transport == "grpcio":
-        return grpc.aio.server(options=[*options, *_GRPCIO_OPTIONS])
+        return grpc.aio.server(options=options)
     if tls:
         raise ValueError("CLAWPLANE_TRANSPORT=native has no TLS: put a proxy that ends TLS before it, or use grpcio")
     try:
@@ -58,46 +65,54 @@ def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
     return pygrpc_native.aio.Server(options=options, io_threads=1)
 
 
-class _Open:
-    """The streams of health and reflection that are open: they last as long as their clients like."""
+class _Streams:
+    """The open streams of health and reflection: they last as long as their clients like, or until a stop ends them."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._ended = False
 
-    @contextmanager
-    def one(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def one(self, context: Any) -> AsyncIterator[None]:
         """Around one stream."""
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
             yield
+            return
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            task.uncancel()
         finally:
             self._tasks.discard(task)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
     def end(self) -> None:
         """Ends them all."""
+        self._ended = True
         for task in list(self._tasks):
             task.cancel()
 
 
 class _Health(health.aio.HealthServicer):
-    def __init__(self, streams: _Open) -> None:
+    def __init__(self, streams: _Streams) -> None:
         super().__init__()
         self._streams = streams
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        with self._streams.one():
+        async with self._streams.one(context):
             await super().Watch(request, context)
 
 
 class _Reflection(reflection.aio.ReflectionServicer):
-    def __init__(self, names: Sequence[str], streams: _Open) -> None:
+    def __init__(self, names: Sequence[str], streams: _Streams) -> None:
         super().__init__(names)
         self._streams = streams
 
     async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
-        with self._streams.one():
+        async with self._streams.one(context):
             async for answer in super().ServerReflectionInfo(requests, context):
                 yield answer
 
@@ -108,8 +123,8 @@ class Server:
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
         self.server = _make(apps[0].kit.settings.transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
-        self._open = _Open()
-        self.health = _Health(self._open)
+        self._streams = _Streams()
+        self.health = _Health(self._streams)
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
             registrar = Registrar(self.server, app.kit)
@@ -127,7 +142,7 @@ class Server:
             self.port = self.server.add_insecure_port(address)
 
     def _add_reflection(self) -> None:
-        servicer = _Reflection(self.names, self._open)
+        servicer = _Reflection(self.names, self._streams)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
         # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
         handler = grpc.stream_stream_rpc_method_handler(
@@ -145,6 +160,10 @@ class Server:
             await app.kit.db.connect()
             for start in app.starters:
                 await start()
+        if self.apps[0].kit.settings.transport == "native":
+            # It gives a thread of the loop's pool to each watcher that is behind with reading, and needs one more to stop. In a pool as
+            # small as usual, a few who never read would hold up all others, and the stop.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MOST_THREADS, "clawplane-behind"))
         await self.server.start()
         # What was loaded so far stays for good: the collector need not look at it again and again.
         gc.collect()
@@ -187,5 +206,5 @@ class Server:
                 quiet_since = time.monotonic()
             await asyncio.sleep(0.01)
         # The native transport knows of one stop only, the first with its whole grace.
-        self._open.end()
+        self._streams.end()
         await self.server.stop(_QUIET_S)
