@@ -3,18 +3,17 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_health.v1 import health_pb2
 
+from services.kit import introspection
 from services.kit.call import Kit
 from services.kit.loops import Loop
 from services.kit.rpc import Registrar
@@ -65,94 +64,28 @@ def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
     return pygrpc_native.aio.Server(options=options, io_threads=1)
 
 
-class _Streams:
-    """The open streams of health and reflection: they last as long as their clients like, or until a stop ends them."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._ended = False
-
-    @asynccontextmanager
-    async def one(self, context: Any) -> AsyncIterator[None]:
-        """Around one stream."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        try:
-            yield
-            return
-        except asyncio.CancelledError:
-            if not self._ended:
-                raise
-            task.uncancel()
-        finally:
-            self._tasks.discard(task)
-        await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
-
-    def end(self) -> None:
-        """Ends them all."""
-        self._ended = True
-        for task in list(self._tasks):
-            task.cancel()
-
-
-class _Health(health.aio.HealthServicer):
-    def __init__(self, streams: _Streams) -> None:
-        super().__init__()
-        self._streams = streams
-
-    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:
-        async with self._streams.one(context):
-            await super().Watch(request, context)
-
-
-class _Reflection(reflection.aio.ReflectionServicer):
-    def __init__(self, names: Sequence[str], streams: _Streams) -> None:
-        super().__init__(names)
-        self._streams = streams
-
-    async def ServerReflectionInfo(self, requests: Any, context: Any) -> AsyncIterator[reflection_pb2.ServerReflectionResponse]:
-        async with self._streams.one(context):
-            async for answer in super().ServerReflectionInfo(requests, context):
-                yield answer
-
-
 class Server:
     """Serves one or more apps at one address. ``port`` 0 picks a free one; TLS with a key and certificate file."""
 
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
         self.server = _make(apps[0].kit.settings.transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
-        self._streams = _Streams()
-        self.health = _Health(self._streams)
-        names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
+        self._streams = introspection.Streams()
+        self.health = introspection.Health(self._streams)
+        names = list(introspection.SERVICES)
         for app in apps:
             registrar = Registrar(self.server, app.kit)
             for add, servicer in app.services:
                 add(servicer, registrar)
             names += registrar.services
         self.names = names
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
-        self._add_reflection()
+        introspection.add_to_server(self.server, self.health, introspection.Reflection(names, self._streams))
         address = f"{host}:{port}"
         if tls:
             key, certificate = (path.read_bytes() for path in tls)
             self.port = self.server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
         else:
             self.port = self.server.add_insecure_port(address)
-
-    def _add_reflection(self) -> None:
-        servicer = _Reflection(self.names, self._streams)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
-        # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
-        handler = grpc.stream_stream_rpc_method_handler(
-            servicer.ServerReflectionInfo,
-            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
-            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
-        )
-        self.server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}),)
-        )
 
     async def start(self) -> None:
         """Databases first, then the port, then the loops, then SERVING."""
