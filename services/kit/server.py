@@ -5,6 +5,7 @@ import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,9 @@ class Server:
 
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
-        self.server = _make(apps[0].kit.settings.transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
+        transport = apps[0].kit.settings.transport
+        self._native = transport == "native"
+        self.server = _make(transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
         self._streams = introspection.Streams()
         self.health = introspection.Health(self._streams)
         names = list(introspection.SERVICES)
@@ -93,7 +96,7 @@ class Server:
             await app.kit.db.connect()
             for start in app.starters:
                 await start()
-        if self.apps[0].kit.settings.transport == "native":
+        if self._native:
             # It gives a thread of the loop's pool to each watcher that is behind with reading, and needs one more to stop. In a pool as
             # small as usual, a few who never read would hold up all others, and the stop.
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MOST_THREADS, "clawplane-behind"))
@@ -113,11 +116,14 @@ class Server:
         await self.health.enter_graceful_shutdown()
         await self._take_in()
         for app in self.apps:
-            app.kit.draining = True
+            app.kit.draining, app.kit.turns_away = True, self._native
             for stream in list(app.kit.streams):
                 stream.cancel()
         grace = max(app.kit.settings.drain_timeout_s for app in self.apps)
-        await asyncio.gather(self.server.stop(grace), self._idle(), *(loop.stop() for app in self.apps for loop in app.loops))
+        # grpcio sends callers elsewhere from now on. Native would close as soon as the last handler has returned, with its answer still
+        # on the way: there the wrapper turns new calls away until all is quiet.
+        stops = [] if self._native else [self.server.stop(grace)]
+        await asyncio.gather(*stops, self._end(grace), *(loop.stop() for app in self.apps for loop in app.loops))
         for app in self.apps:
             for close in app.closers:
                 await close()
@@ -130,14 +136,18 @@ class Server:
         while time.monotonic() < deadline and seen != (seen := sum(app.kit.taken_in for app in self.apps)):
             await asyncio.sleep(0.03)
 
-    async def _idle(self) -> None:
+    async def _end(self, grace_s: float) -> None:
         """Ends what is left once nobody waits for an answer of ours: a health watch would hold the port for the whole grace."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._quiet(), grace_s)
+        self._streams.end()
+        await self.server.stop(_QUIET_S)
+
+    async def _quiet(self) -> None:
+        """Until no call has been in flight for a moment."""
         quiet_since = time.monotonic()
         # Calls that gRPC has taken in but not handed over yet are seen by nobody: so one quiet moment is not enough.
         while time.monotonic() - quiet_since < _QUIET_S:
             if any(app.kit.in_flight or app.kit.streams for app in self.apps):
                 quiet_since = time.monotonic()
             await asyncio.sleep(0.01)
-        # The native transport knows of one stop only, the first with its whole grace.
-        self._streams.end()
-        await self.server.stop(_QUIET_S)

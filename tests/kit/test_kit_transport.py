@@ -96,3 +96,49 @@ async def test_watchers_that_read_nothing_hold_up_neither_others_nor_the_end(kit
         await echo.server.drain()
         assert time.monotonic() - started < 2
         assert not echo.kit.streams
+
+
+@both
+async def test_a_stop_waits_until_answers_have_left(kit_url: str, tmp_path: Path, transport: str) -> None:
+    async with running(tmp_path, kit_url, transport=transport) as echo:
+        begun = asyncio.Event()
+
+        async def long(request: Any, call: Call) -> Any:
+            begun.set()
+            await asyncio.sleep(0.2)
+            return Answer(text="x" * 4_000_000)
+
+        async def length(call: Any) -> int:
+            return len((await call).text)
+
+        echo.service.on["Read"] = long
+        lengths = [asyncio.create_task(length(echo.call("Read"))) for _ in range(8)]
+        await begun.wait()
+        started = time.monotonic()
+        await echo.server.drain()
+        assert await asyncio.gather(*lengths) == [4_000_000] * 8
+        assert time.monotonic() - started < 2
+
+
+async def test_native_turns_calls_away_while_others_finish(kit_url: str, tmp_path: Path) -> None:
+    async with running(tmp_path, kit_url, transport="native") as echo:
+        begun = asyncio.Event()
+
+        async def slow(request: Any, call: Call) -> Any:
+            begun.set()
+            await asyncio.sleep(1)
+            return Answer(text="finished")
+
+        async def text(call: Any) -> str:
+            return str((await call).text)
+
+        echo.service.on["Write"] = slow
+        writing = asyncio.create_task(text(echo.call("Write")))
+        await begun.wait()
+        draining = asyncio.create_task(echo.server.drain())
+        await asyncio.sleep(0.3)
+        for call in (echo.call("Read"), echo.call("Watch")):
+            error = await refused(call)
+            assert error.code() is Code.UNAVAILABLE and "stopping" in (error.details() or "")
+        assert await writing == "finished"
+        await draining
