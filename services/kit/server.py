@@ -12,9 +12,9 @@ from typing import Any
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from services.kit import introspection
 from services.kit.call import Kit
 from services.kit.loops import Loop
 from services.kit.rpc import Registrar
@@ -61,7 +61,7 @@ def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
         import pygrpc_native.aio
     except ImportError:
         raise ValueError("CLAWPLANE_TRANSPORT=native needs the package pygrpc-native: pip install 'clawplane[native]'") from None
-    # One thread for HTTP/2 keeps up with the one that runs Python; a second would cost each call a tenth more.
+    # One thread for HTTP/2 keeps up with the one that runs Python; with a second, a small read takes a tenth more CPU.
     return pygrpc_native.aio.Server(options=options, io_threads=1)
 
 
@@ -73,22 +73,35 @@ class Server:
         transport = apps[0].kit.settings.transport
         self._native = transport == "native"
         self.server = _make(transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
-        self._streams = introspection.Streams()
-        self.health = introspection.Health(self._streams)
-        names = list(introspection.SERVICES)
+        self.health = health.aio.HealthServicer()
+        names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
             registrar = Registrar(self.server, app.kit)
             for add, servicer in app.services:
                 add(servicer, registrar)
             names += registrar.services
         self.names = names
-        introspection.add_to_server(self.server, self.health, introspection.Reflection(names, self._streams))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        self._add_reflection()
         address = f"{host}:{port}"
         if tls:
             key, certificate = (path.read_bytes() for path in tls)
             self.port = self.server.add_secure_port(address, grpc.ssl_server_credentials([(key, certificate)]))
         else:
             self.port = self.server.add_insecure_port(address)
+
+    def _add_reflection(self) -> None:
+        servicer = reflection.aio.ReflectionServicer(self.names)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
+        # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
+        handler = grpc.stream_stream_rpc_method_handler(
+            servicer.ServerReflectionInfo,
+            request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+            response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+        )
+        self.server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}),)
+        )
 
     async def start(self) -> None:
         """Databases first, then the port, then the loops, then SERVING."""
@@ -140,7 +153,6 @@ class Server:
         """Ends what is left once nobody waits for an answer of ours: a health watch would hold the port for the whole grace."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._quiet(), grace_s)
-        self._streams.end()
         await self.server.stop(_QUIET_S)
 
     async def _quiet(self) -> None:
