@@ -37,7 +37,7 @@ async def test_the_setting_chooses(kit_url: str, tmp_path: Path, transport: str)
         assert (await echo.call("Read", "hello")).text == "hello"
 
 
-async def test_native_says_what_it_lacks(echo: Echo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_native_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(tmp_path, f"sqlite+aiosqlite:///{tmp_path / 'native.db'}", transport="native") as native:
         app = App(native.kit, [])
         with pytest.raises(ValueError, match="no TLS"):
