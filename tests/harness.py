@@ -57,6 +57,16 @@ FAST: dict[str, Any] = {
 }  # fmt: skip
 
 
+TRANSPORT = os.environ.get("CLAWPLANE_TRANSPORT", "grpcio")
+"""What the tests run on: `make native` sets it for services in this process, which read it as any does, and `clean_env` hands it on."""
+
+
+def clean_env() -> dict[str, str]:
+    """The environment without anything of ours but the transport, for processes that tests start."""
+    ours = {name for name in os.environ if name.startswith("CLAWPLANE_")}
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"CLAWPLANE_TRANSPORT": TRANSPORT}
+
+
 def free_port() -> int:
     """A TCP port of the loopback that nobody listens on."""
     with socket.socket() as probe:

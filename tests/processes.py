@@ -26,7 +26,7 @@ from services.kit import devkeys
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
 from tests.conftest import Databases
-from tests.harness import FAST, TELEGRAM, Metadata, eventually, free_port
+from tests.harness import FAST, TELEGRAM, Metadata, clean_env, eventually, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
@@ -40,9 +40,8 @@ class Processes:
         self.folder, self.workers = folder, workers
         self.ports = [free_port() for _ in range(1 + deployments)]
         urls = databases.make()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")}
         fast = {f"CLAWPLANE_{name.upper()}": str(value) for name, value in FAST.items()}
-        self.env = clean | fast | {
+        self.env = clean_env() | fast | {
             "CLAWPLANE_DATA_DIR": str(folder), "CLAWPLANE_USER_DATABASE_URL": urls["user_svc"],
             "CLAWPLANE_DEPLOYMENT_DATABASE_URL": urls["deployment_svc"], "CLAWPLANE_LOG_LEVEL": "warning",
             "CLAWPLANE_USER_TARGET": f"127.0.0.1:{self.ports[0]}",

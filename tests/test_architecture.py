@@ -115,6 +115,10 @@ def test_handlers_never_look_at_credentials() -> None:
             assert "invocation_metadata" not in path.read_text(), path
 
 
+def test_one_file_knows_the_transports() -> None:
+    assert [path.relative_to(ROOT).as_posix() for path in SOURCES if any("pygrpc_native" in name for name in imports(path))] == ["services/kit/server.py"]
+
+
 def test_every_mutable_table_has_its_times() -> None:
     immutable = {"usage_events", "audit_events"}
     for service in FEATURES:

@@ -32,6 +32,7 @@ def start(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
         (["serve", "deployment"], {"CLAWPLANE_PAYMENT_PROVIDER": "stripe"}, "CLAWPLANE_STRIPE_API_KEY"),
         (["serve", "deployment"], {"CLAWPLANE_PAYMENT_PROVIDER": "paypal-PLANTED"}, "CLAWPLANE_PAYMENT_PROVIDER"),
         (["serve", "user"], {"CLAWPLANE_POOL_SIZE": "PLANTED"}, "CLAWPLANE_POOL_SIZE"),
+        (["serve", "user"], {"CLAWPLANE_TRANSPORT": "PLANTED"}, "CLAWPLANE_TRANSPORT"),
         (["serve", "deployment"], {"CLAWPLANE_HMAC_KEY": "PLANTED"}, "CLAWPLANE_HMAC_KEY"),
         (["serve", "deployment"], {"CLAWPLANE_ENVIRONMENT": "production", "CLAWPLANE_SANDBOX_ENABLED": "false"}, "CLAWPLANE_"),
     ],
@@ -44,15 +45,19 @@ def test_start_is_refused_in_one_line_that_names_the_setting(tmp_path: Path, arg
     assert "PLANTED" not in done.stdout + done.stderr
 
 
-def test_a_taken_port_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "transport", "said"),
+    [("--http-port", "grpcio", "--http-port"), ("--grpc-port", "grpcio", "(gRPC)"), ("--grpc-port", "native", "(gRPC)")],
+)
+def test_a_taken_port_is_told(tmp_path: Path, option: str, transport: str, said: str) -> None:
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = start(tmp_path, "up", "--http-port", str(taken.getsockname()[1]))
+        done = start(tmp_path, "up", option, str(taken.getsockname()[1]), CLAWPLANE_TRANSPORT=transport)
     assert done.returncode == 1
-    assert "--http-port" in done.stderr and "Traceback" not in done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_help_teaches(tmp_path: Path) -> None:

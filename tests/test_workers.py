@@ -1,7 +1,6 @@
 """Stops, restarts and crashes of processes under load: no call fails, no stream has a gap, nothing is left behind."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from clawplane.deployment.v1 import deployment_pb2
 from clawplane.deployment.v1 import deployment_service_pb2 as rpc
 from services.kit import clients
 from tests.conftest import Databases
-from tests.harness import Metadata, eventually
+from tests.harness import TRANSPORT, Metadata, clean_env, eventually
 from tests.processes import ROOT, Client, Processes, market_env
 from tests.simulators.market import MarketSimulator
 
@@ -92,6 +91,17 @@ async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
         return len(now) == WORKERS and not now & old
 
     await eventually(check, 40)
+
+
+@on_a_server
+async def test_workers_run_on_the_transport_that_was_asked_for(processes: Processes) -> None:
+    async def loaded() -> bool:
+        maps = [worker.memory_maps() for worker in workers_of(processes.running[1])]
+        of_each = [any(f"/{library}." in mapped.path for mapped in one) for one in maps]
+        return len(of_each) == WORKERS and all(of_each)
+
+    library = {"grpcio": "cygrpc", "native": "pygrpc_native/_native"}[TRANSPORT]
+    assert await eventually(loaded, 40)
 
 
 @on_a_server
@@ -180,7 +190,7 @@ async def test_a_stop_under_load_ends_watches_and_fails_no_call(databases: Datab
 @on_a_server
 async def test_too_many_workers_for_the_server_are_refused(databases: Databases, tmp_path: Path) -> None:
     urls = databases.make()
-    env = {name: value for name, value in os.environ.items() if not name.startswith("CLAWPLANE_")} | {
+    env = clean_env() | {
         "CLAWPLANE_USER_DATABASE_URL": urls["user_svc"], "CLAWPLANE_DATA_DIR": str(tmp_path), "CLAWPLANE_POOL_SIZE": "50",
     }  # fmt: skip
     command = [sys.executable, "-m", "services.cli", "serve", "user", "--port", "1", "--workers", "4"]

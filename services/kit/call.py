@@ -43,6 +43,8 @@ class Kit:
     taken_in: int = 0
     """Unary calls so far."""
     draining: bool = False
+    turns_away: bool = False
+    """Whether no new call is let in: while a server stops whose transport does not see to that."""
     streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
 
     def __post_init__(self) -> None:

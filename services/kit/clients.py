@@ -31,10 +31,14 @@ _RETRY = {
 
 
 def channel(target: str, *, max_message_bytes: int = 4 * 1024 * 1024) -> grpc.aio.Channel:
-    """A channel that retries what was refused with UNAVAILABLE, which the services answer only before they did anything."""
+    """A channel that retries what was refused with UNAVAILABLE, which the services answer only before they did anything.
+    ``target`` is host:port, or several servers as "ipv4:host:port,host:port"."""
+    first, *others = target.split(",")
     return grpc.aio.insecure_channel(
         target,
         options=[
+            # gRPC would name the whole list as the authority of each call, which is none: servers may refuse it.
+            *([("grpc.default_authority", first.partition(":")[2])] if others else []),
             ("grpc.service_config", json.dumps(_RETRY)),
             ("grpc.enable_retries", 1),
             ("grpc.lb_policy_name", "round_robin"),

@@ -82,6 +82,8 @@ def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
 
 async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, metadata: Metadata, request_id: str) -> Call:
     """Everything that must hold before a handler runs, in order."""
+    if kit.turns_away:
+        raise _stopping()
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
     public = plan.audience == options_pb2.AUDIENCE_PUBLIC
@@ -176,7 +178,7 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
                 _report(meter, plan, "CANCELLED", started, request_id, caller)
                 raise
             task.uncancel()
-            failure = errors.Unavailable("the server is stopping; resume elsewhere", 0, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
+            failure = _stopping()
         except Exception as error:
             failure = _failure(error, plan, request_id)
         finally:
@@ -188,6 +190,10 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
         context.set_trailing_metadata((("x-request-id", request_id),))
 
     return stream
+
+
+def _stopping() -> errors.Error:
+    return errors.Unavailable("the server is stopping; resume elsewhere", 0, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
 
 
 async def _abort(context: Any, failure: errors.Error, request_id: str) -> None:

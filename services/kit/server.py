@@ -4,6 +4,8 @@ import asyncio
 import gc
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,16 @@ from services.kit.rpc import Registrar
 
 log = structlog.get_logger()
 
-_OPTIONS = [
-    ("grpc.so_reuseport", 1),
-    ("grpc.max_connection_idle_ms", 15 * 60 * 1000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
+_IDLE_MS = 15 * 60 * 1000
+_OPTIONS = [("grpc.so_reuseport", 1), ("grpc.keepalive_permit_without_calls", 1)]
+_OPTIONS_OF = {
+    "grpcio": [("grpc.max_connection_idle_ms", _IDLE_MS), ("grpc.http2.min_ping_interval_without_data_ms", 10_000)],
+    # It cannot close idle connections, but it finds out which of them are dead; and it takes pings at any pace.
+    "native": [("grpc.keepalive_time_ms", _IDLE_MS)],
+}
 
 _QUIET_S = 0.2
+_MOST_THREADS = 10_000
 
 Register = Callable[[Any, Any], None]
 
@@ -45,15 +49,30 @@ class App:
     """Called last, in order."""
 
 
+def _make(transport: str, max_message_bytes: int, tls: bool) -> grpc.aio.Server:
+    """The server of a transport; ValueError when it cannot be had."""
+    limits = [(f"grpc.max_{way}_message_length", max_message_bytes) for way in ("receive", "send")]
+    options = [*_OPTIONS, *_OPTIONS_OF[transport], *limits]
+    if transport == "grpcio":
+        return grpc.aio.server(options=options)
+    if tls:
+        raise ValueError("CLAWPLANE_TRANSPORT=native has no TLS: put a proxy that ends TLS before it, or use grpcio")
+    try:
+        import pygrpc_native.aio
+    except ImportError:
+        raise ValueError("CLAWPLANE_TRANSPORT=native needs the package pygrpc-native: pip install 'clawplane[native]'") from None
+    # One thread for HTTP/2 keeps up with the one that runs Python; with a second, a small read takes a tenth more CPU.
+    return pygrpc_native.aio.Server(options=options, io_threads=1)
+
+
 class Server:
     """Serves one or more apps at one address. ``port`` 0 picks a free one; TLS with a key and certificate file."""
 
     def __init__(self, apps: Sequence[App], host: str, port: int, tls: tuple[Path, Path] | None = None) -> None:
         self.apps = apps
-        limit = max(app.kit.settings.max_message_bytes for app in apps)
-        self.server = grpc.aio.server(
-            options=[*_OPTIONS, ("grpc.max_receive_message_length", limit), ("grpc.max_send_message_length", limit)]
-        )
+        transport = apps[0].kit.settings.transport
+        self._native = transport == "native"
+        self.server = _make(transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
         self.health = health.aio.HealthServicer()
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
@@ -90,6 +109,10 @@ class Server:
             await app.kit.db.connect()
             for start in app.starters:
                 await start()
+        if self._native:
+            # It gives a thread of the loop's pool to each watcher that is behind with reading, and needs one more to stop. In a pool as
+            # small as usual, a few who never read would hold up all others, and the stop.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_MOST_THREADS, "clawplane-behind"))
         await self.server.start()
         # What was loaded so far stays for good: the collector need not look at it again and again.
         gc.collect()
@@ -106,11 +129,14 @@ class Server:
         await self.health.enter_graceful_shutdown()
         await self._take_in()
         for app in self.apps:
-            app.kit.draining = True
+            app.kit.draining, app.kit.turns_away = True, self._native
             for stream in list(app.kit.streams):
                 stream.cancel()
         grace = max(app.kit.settings.drain_timeout_s for app in self.apps)
-        await asyncio.gather(self.server.stop(grace), self._idle(), *(loop.stop() for app in self.apps for loop in app.loops))
+        # grpcio sends callers elsewhere from now on. Native would close as soon as the last handler has returned, with its answer still
+        # on the way: there the wrapper turns new calls away until all is quiet.
+        stops = [] if self._native else [self.server.stop(grace)]
+        await asyncio.gather(*stops, self._end(grace), *(loop.stop() for app in self.apps for loop in app.loops))
         for app in self.apps:
             for close in app.closers:
                 await close()
@@ -123,12 +149,17 @@ class Server:
         while time.monotonic() < deadline and seen != (seen := sum(app.kit.taken_in for app in self.apps)):
             await asyncio.sleep(0.03)
 
-    async def _idle(self) -> None:
+    async def _end(self, grace_s: float) -> None:
         """Ends what is left once nobody waits for an answer of ours: a health watch would hold the port for the whole grace."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._quiet(), grace_s)
+        await self.server.stop(_QUIET_S)
+
+    async def _quiet(self) -> None:
+        """Until no call has been in flight for a moment."""
         quiet_since = time.monotonic()
         # Calls that gRPC has taken in but not handed over yet are seen by nobody: so one quiet moment is not enough.
         while time.monotonic() - quiet_since < _QUIET_S:
             if any(app.kit.in_flight or app.kit.streams for app in self.apps):
                 quiet_since = time.monotonic()
             await asyncio.sleep(0.01)
-        await self.server.stop(_QUIET_S)

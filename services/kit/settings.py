@@ -41,6 +41,7 @@ class KitSettings(BaseSettings):
     slow_statement_ms: int = Field(200, ge=0, description="statements that take longer are logged by name")
 
     # Calls.
+    transport: Literal["grpcio", "native"] = Field("grpcio", description="what speaks HTTP/2; native needs the extra of that name")
     max_concurrent_calls: int = Field(500, ge=1, description="unary calls handled at once; more are refused at once")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="largest message that is read")
     rate_limit: str = Field("6000/minute", description="calls of one subject; services and operators have none")

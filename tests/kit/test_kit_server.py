@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from services.kit.call import Call
 from tests.harness import Stack
@@ -96,6 +96,9 @@ async def test_a_client_that_never_hangs_up_does_not_hold_the_end(kit_url: str, 
     async with running(tmp_path, kit_url) as echo:
         health = health_pb2_grpc.HealthStub(echo.channel).Watch(health_pb2.HealthCheckRequest())
         await health.read()
+        reflection = reflection_pb2_grpc.ServerReflectionStub(echo.channel).ServerReflectionInfo()
+        await reflection.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        await reflection.read()
         started = time.monotonic()
         await echo.server.drain()
         assert time.monotonic() - started < 2
