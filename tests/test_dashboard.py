@@ -130,7 +130,8 @@ async def test_forms_of_others_do_nothing(stack: Stack) -> None:
             answer = await browser.post(path, data=data, headers=headers)
             assert answer.status_code == 403 and "This is not for you" in answer.text
         # A link to it does nothing either.
-        assert (await browser.get(path)).status_code == 405
+        again = await browser.get(path)
+        assert (again.status_code, again.headers["location"]) == (303, f"/dashboard/deployments/{d.id}")
         assert (await stack.get(d.id)).state == deployment_pb2.STATE_PENDING
         assert (await browser.post(path, data={"csrf": proof}, headers={"origin": stack.url})).status_code == 303
         assert (await stack.get(d.id)).state == deployment_pb2.STATE_CANCELED
@@ -168,12 +169,21 @@ def _bare(text: str, wanted: str) -> str:
 
 async def test_every_page_has_the_strict_policy(stack: Stack) -> None:
     async with signed_in(stack) as browser:
-        for path in (*PAGES, "/sign-in?next=/dashboard", "/nothing"):
+        for path in (*PAGES, "/sign-in?next=/dashboard", "/nothing", "/usage/nothing"):
             answer = await browser.get(f"/dashboard{path}")
+            assert answer.status_code == (404 if path.endswith("/nothing") else 200), path
             policy = answer.headers["content-security-policy"]
             assert "unsafe" not in policy and "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
-            assert not re.search(r"<script(?![^>]* src=\"/static/)|<style|\sstyle=|\son[a-z]+=|javascript:|https?://(?!127\.0\.0\.1|www\.w3\.org/2000/svg)", answer.text), path
+            assert not re.search(r"<script(?![^>]* src=\"/static/)|<style|\sstyle=|\son[a-z]+=|javascript:|(src|href|action)=\"(https?:)?//(?!127\.0\.0\.1)", answer.text), path
             assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_whoever_has_nothing_yet_is_told_what_to_do(stack: Stack) -> None:
+    _, browser = await customer(stack)
+    async with browser:
+        for path, words in (("", "Order your first bot"), ("/deployments", "Order your first bot"), ("/deployments?state=failed", "Nothing fits"), ("/usage", "No usage")):
+            answer = await browser.get(f"/dashboard{path}")
+            assert answer.status_code == 200 and words in answer.text, path
 
 
 async def test_what_people_type_stays_text(stack: Stack) -> None:

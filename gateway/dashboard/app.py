@@ -15,7 +15,7 @@ from clawplane.user.v1 import access_service_pb2
 from gateway.dashboard import chat, deployments, home, providers, sign_in, usage, users, webhooks
 from gateway.dashboard.render import render
 from gateway.dashboard.visit import Services, Visit
-from gateway.errors import ApiError, internal
+from gateway.errors import ApiError, internal, not_found
 from gateway.origin import origin_of, refuse_strangers
 from gateway.settings import GatewaySettings
 
@@ -48,6 +48,7 @@ class Dashboard:
             self._post("/deployments/{id:segment}/chat", self._chat.say),
             self._post("/deployments/{id:segment}/change", deployments.change),
             self._post("/deployments/{id:segment}/{action:segment}", deployments.act),
+            self._get("/deployments/{id:segment}/{action:segment}", deployments.back),
             self._get("/stream", deployments.stream_all),
             self._get("/usage", usage.page),
             self._get("/usage.csv", usage.csv_file),
@@ -59,11 +60,15 @@ class Dashboard:
             self._post("/webhooks/replay", webhooks.replay),
             self._get("/users", users.index),
             self._post("/users/change", users.change),
+            self._get("/{path:path}", self._nothing),
         ]
 
     async def close(self) -> None:
         """Closes the connections to bots."""
         await self._chat.close()
+
+    async def _nothing(self, _: Visit) -> Response:
+        raise not_found()
 
     async def _to_home(self, _: Request) -> Response:
         return RedirectResponse("/dashboard", 307)

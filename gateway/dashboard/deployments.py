@@ -136,6 +136,11 @@ async def act(visit: Visit) -> Response:
     return await _done(visit, *known[action], action)
 
 
+async def back(visit: Visit) -> Response:
+    """To the deployment, from the address that a form was sent to: whoever loads that again asks for no more than to see it."""
+    return RedirectResponse(f"/dashboard/deployments/{visit.http.path_params['id']}", 303, HEADERS)
+
+
 async def change(visit: Visit) -> Response:
     """Another name, or another model."""
     d = deployment_pb2.Deployment(

@@ -68,10 +68,11 @@ def _rows(sums: Sequence[usage_service_pb2.UsageSum], days: Sequence[str], serie
     calls: dict[str, int] = {}
     for one in sums:
         calls[one.day] = calls.get(one.day, 0) + one.events
-    by_day = zip(days, zip(*series, strict=True), strict=True)
-    rows: list[dict[str, object]] = [
-        {"day": day, "amounts": values, "calls": calls[day], "together": sum(values, Decimal(0))} for day, values in by_day if day in calls
-    ]
+    rows: list[dict[str, object]] = []
+    for index, day in enumerate(days):
+        if day in calls:
+            amounts = [values[index] for values in series]
+            rows.append({"day": day, "amounts": amounts, "calls": calls[day], "together": sum(amounts, Decimal(0))})
     return rows[::-1]
 
 

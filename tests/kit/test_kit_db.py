@@ -272,6 +272,7 @@ async def test_a_database_that_does_not_answer_is_told(tmp_path: Any) -> None:
         gone = Database(url, KitSettings(connect_tries=2), "gone")
         with structlog.testing.capture_logs() as logs, pytest.raises((sa.exc.DBAPIError, OSError)) as failure:
             await gone.connect()
-        assert [line["event"] for line in logs] == ["database.connect_failed"]
+        # On a busy machine a statement may be slow as well.
+        assert [line["event"] for line in logs if line["event"] != "database.slow_statement"] == ["database.connect_failed"]
         assert "PLANTED" not in str(failure.value) + json.dumps(logs)
         await gone.close()
