@@ -1,5 +1,6 @@
 """The dashboard over real HTTP: who gets in, what forms may do, what pages must not say, and how quick they are."""
 
+import asyncio
 import re
 import socket
 import time
@@ -16,7 +17,7 @@ import pytest
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
 from clawplane.user.v1 import user_service_pb2
-from gateway.dashboard.chat import _is_inside, _Outside
+from gateway.dashboard.chat import Chat, _is_inside, _Outside
 from gateway.dashboard.render import exact_money, relative, small_money
 from gateway.dashboard.sign_in import _own
 from services.deployment_svc.deployments.models import Deployment
@@ -229,8 +230,9 @@ async def test_events_come_as_a_stream(stack: Stack) -> None:
             seen += line
             if "STATE_PENDING" in line:
                 assert (await stack.sandbox_act(d, "pay")).status_code == 200
-            if '"state.active"' in seen or '"lease.created"' in seen or "STATE_ACTIVE" in line:
+            if '"state.active"' in seen:
                 break
+    assert '"state.deploying"' in seen and '"state.active"' in seen
 
 
 async def test_chat_goes_to_the_bot_alone(databases: Databases, tmp_path: Path) -> None:
@@ -243,6 +245,9 @@ async def test_chat_goes_to_the_bot_alone(databases: Databases, tmp_path: Path) 
             assert said.status_code == 200 and said.text.count('class="turn turn-bot"') == 1 and "<b>you</b>" not in said.text
             empty = await browser.submit(f"/deployments/{d.id}/chat", f"/deployments/{d.id}", message=" ")
             assert empty.status_code == 400 and "message-problem" in empty.text
+            # Nobody else stops the bot.
+            assert (await browser.submit(f"/deployments/{d.id}/close", f"/deployments/{d.id}")).status_code == 303
+        await stack.until(d.id, deployment_pb2.STATE_CLOSED)
     async with running(tmp_path / "b", databases.make(), gateway={"sandbox_enabled": False}) as stack:
         person, browser = await customer(stack)
         d = await stack.order(person)
@@ -254,6 +259,31 @@ async def test_chat_goes_to_the_bot_alone(databases: Databases, tmp_path: Path) 
         async with browser:
             refused = await browser.submit(f"/deployments/{d.id}/chat", f"/deployments/{d.id}", message="Hello")
             assert refused.status_code == 502 and "not one of the internet" in refused.text
+
+
+async def test_a_bot_may_answer_in_pieces() -> None:
+    async def bot(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\nconnection: close\r\n\r\n")
+        for piece in (b'{"reply": "in', b' two', b' pieces"}', b""):
+            writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        writer.close()
+
+    chat = Chat(allow_local=True)
+    async with await asyncio.start_server(bot, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        assert await chat._ask(f"http://{host}:{port}", "hello") == ("in two pieces", "")
+    await chat.close()
+
+
+async def test_a_wrong_request_id_is_no_missing_deployment(stack: Stack) -> None:
+    person, browser = await customer(stack)
+    d = await stack.order(person)
+    async with browser:
+        answer = await browser.submit(f"/deployments/{d.id}/retry", f"/deployments/{d.id}", request_id="nonsense")
+        assert answer.status_code == 400 and "There is no such thing here" not in answer.text
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8080", "http://10.1.2.3", "http://169.254.169.254/latest", "http://[::1]:9", "http://[fd00::1]", "http://0.0.0.0"])
@@ -300,6 +330,7 @@ def test_times_and_amounts_for_people() -> None:
     for seconds, words in ((0, "just now"), (90, "1 min ago"), (7300, "2 h ago"), (-90, "in 1 min"), (200_000, "2 d ago")):
         assert relative(at - timedelta(seconds=seconds), at) == words
     assert (exact_money("", "usd"), exact_money("1234.5", "usd"), exact_money("0.0012", "usd")) == ("0.00 USD", "1,234.50 USD", "0.0012 USD")
+    assert exact_money("0.00000012", "usd") == "<0.000001 USD"
     # Never rounded to nothing.
     assert small_money(Decimal("0.00001")) == "<0.0001" and small_money(Decimal("0.5")) == "0.5000"
 

@@ -12,6 +12,7 @@ from aiohttp.resolver import ThreadedResolver
 from starlette.responses import Response
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
+from gateway import outgoing
 from gateway.dashboard import deployments
 from gateway.dashboard.visit import Visit
 from gateway.errors import invalid
@@ -72,7 +73,7 @@ class Chat:
             if not self._allow_local and _is_inside(url):
                 return "", "The bot's address is not one of the internet."
             async with self._http().post(f"{url.rstrip('/')}/chat", json={"message": message}, allow_redirects=False) as answer:
-                raw = await answer.content.read(_MOST_BYTES)
+                raw = await outgoing.read(answer, _MOST_BYTES)
             body = orjson.loads(raw)
             if answer.status == 200 and isinstance(body.get("reply"), str):
                 return body["reply"], ""

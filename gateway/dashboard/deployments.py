@@ -15,13 +15,15 @@ from clawplane.deployment.v1 import (
 )
 from clawplane.user.v1 import entitlement_service_pb2
 from gateway import stream
-from gateway.dashboard.home import ATTENTION, RUNNING
+from gateway.dashboard.home import ATTENTION, LIVE, RUNNING
 from gateway.dashboard.render import CHANNELS, HEADERS, STATES, render
-from gateway.dashboard.visit import Visit
+from gateway.dashboard.visit import Visit, violations
 from gateway.errors import ApiError, not_found
 from gateway.transcode import to_json
 
 PAGE_SIZE = 25
+_IDS = {"id", "deployment_id", "deployment.id"}
+"""What requests call a deployment's identifier."""
 ENDED = (deployment_pb2.STATE_EXPIRED, deployment_pb2.STATE_CANCELED, deployment_pb2.STATE_CLOSED)
 GROUPS = {"running": RUNNING, "attention": ATTENTION, "ended": ENDED}
 WORDS = {deployment_pb2.State.Name(state).removeprefix("STATE_").lower(): state for state in STATES}
@@ -61,7 +63,7 @@ async def new(visit: Visit, status: int = 200) -> Response:
         visit.call(visit.services.entitlements.GetEntitlements, entitlement_service_pb2.GetEntitlementsRequest()),
         visit.call(visit.services.deployments.SummarizeDeployments, deployment_service_pb2.SummarizeDeploymentsRequest()),
     )
-    live = sum(one.count for one in counted.counts if one.state in (*RUNNING[:2], *ATTENTION[1:]))
+    live = sum(one.count for one in counted.counts if one.state in LIVE)
     given = {"model": catalog.models[0] if catalog.models else "", "channel": "web"} | visit.form
     return render(
         "new.html", visit, status, page="deployments", models=catalog.models, limits=limits, live=live, given=given, channels=_CHANNELS,
@@ -102,7 +104,6 @@ async def show(visit: Visit, status: int = 200, turns: "list[tuple[str, str]] | 
             visit.call(services.models.GetModelCatalog, model_call_service_pb2.GetModelCatalogRequest()),
         )
     except ApiError as error:
-        # What is no identifier at all is as little there as one of somebody else.
         raise _as_not_found(error) from None
     return render(
         "deployment.html", visit, status, page="deployments", d=d, events=list(happened.events)[::-1], later=happened.next_page_token,
@@ -168,10 +169,8 @@ async def _done(visit: Visit, rpc: Any, request: Any, what: str) -> Response:
 
 
 def _as_not_found(error: ApiError) -> ApiError:
-    named = [detail for detail in error.status.details if b"BadRequest" in detail.type_url.encode()]
-    if error.status.code == code_pb2.INVALID_ARGUMENT and named and ("id:" in error.status.message or "_id:" in error.status.message):
-        return not_found("There is no such deployment.")
-    return error
+    """What is no identifier at all is as little there as one of somebody else."""
+    return not_found("There is no such deployment.") if _IDS & violations(error).keys() else error
 
 
 async def stream_one(visit: Visit) -> Response:

@@ -12,6 +12,8 @@ from gateway.dashboard.visit import Visit
 
 RUNNING = (deployment_pb2.STATE_ACTIVE, deployment_pb2.STATE_DEPLOYING, deployment_pb2.STATE_CLOSING)
 ATTENTION = (deployment_pb2.STATE_FAILED, deployment_pb2.STATE_PENDING, deployment_pb2.STATE_SUSPENDED)
+LIVE = (deployment_pb2.STATE_PENDING, deployment_pb2.STATE_DEPLOYING, deployment_pb2.STATE_ACTIVE, deployment_pb2.STATE_SUSPENDED)
+"""What counts against the plan's number of deployments."""
 _SHOWN = 8
 _UNWELL = (provider_pb2.PROVIDER_HEALTH_DEGRADED, provider_pb2.PROVIDER_HEALTH_EXCLUDED, provider_pb2.PROVIDER_HEALTH_PROBING)
 
@@ -38,7 +40,7 @@ async def home(visit: Visit) -> Response:
         more_attention=sum(counts.get(state, 0) for state in ATTENTION) - len(attention.deployments),
         usage=usage.total, costs={one.deployment_id: one for one in usage.sums}, limits=limits, providers=providers,
         spent_share=min(100, int(100 * spent / credit)) if credit else 0,
-        live=sum(counts.get(state, 0) for state in (*RUNNING[:2], deployment_pb2.STATE_PENDING, deployment_pb2.STATE_SUSPENDED)),
+        live=sum(counts.get(state, 0) for state in LIVE),
     )  # fmt: skip
 
 

@@ -86,6 +86,8 @@ def relative(moment: datetime, now: datetime) -> str:
 def exact_money(cost: str | Decimal, currency: str) -> str:
     """An exact decimal for people: two digits, more where it is less than a cent, never rounded to nothing."""
     amount = Decimal(cost or "0")
+    if 0 < amount < Decimal("0.000001"):
+        return f"<0.000001 {currency.upper()}".strip()
     if amount and abs(amount) < Decimal("0.01"):
         return f"{amount.quantize(Decimal('0.000001')).normalize():f} {currency.upper()}".strip()
     return f"{amount.quantize(Decimal('0.01')):,} {currency.upper()}".strip()

@@ -8,9 +8,8 @@ from clawplane.user.v1 import session_service_pb2, sign_in_link_service_pb2
 from gateway.dashboard.render import HEADERS, render
 from gateway.dashboard.visit import Visit
 from gateway.errors import ApiError
-from services.kit import auth, keys
+from services.kit import auth, ids, keys
 
-_DAYS = 7
 _MOST = 200
 
 
@@ -42,15 +41,16 @@ class Door:
             if error.status.code not in (code_pb2.NOT_FOUND, code_pb2.INVALID_ARGUMENT):
                 raise
             return render("sign_in.html", visit, 404, token="", next=_own(visit.form.get("next", "")), used=True)
+        lifetime_s = answer.session.expires_at.seconds - answer.session.created_at.seconds
         response = RedirectResponse(_own(visit.form.get("next", "")), 303, HEADERS)
         response.set_cookie(
-            self._name, answer.token, max_age=_DAYS * 86400, path="/", secure=self._secure, httponly=True, samesite="lax"
+            self._name, answer.token, max_age=lifetime_s, path="/", secure=self._secure, httponly=True, samesite="lax"
         )
         return response
 
     async def leave(self, visit: Visit) -> Response:
         """Ends the session, here and everywhere."""
-        key = keys.parse(visit.token, auth.SESSION, "ses")
+        key = keys.parse(visit.token, auth.SESSION, ids.PREFIXES["Session"])
         if key is not None:
             await visit.call(visit.services.sessions.RevokeSession, session_service_pb2.RevokeSessionRequest(id=key.id))
         return self.forget(RedirectResponse("/dashboard/sign-in?done=signed-out", 303, HEADERS))

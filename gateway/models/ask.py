@@ -6,6 +6,7 @@ import aiohttp
 import orjson
 import structlog
 
+from gateway import outgoing
 from gateway.models import openai
 from gateway.models.openai import OpenAiError, Wish
 from gateway.models.upstreams import Upstream
@@ -49,7 +50,7 @@ class Asker:
         if answer.status == 200:
             return answer
         try:
-            raw = await answer.content.read(_MOST_WORDS)
+            raw = await outgoing.read(answer, _MOST_WORDS)
         except aiohttp.ClientError:
             raw = b""
         finally:

@@ -51,7 +51,6 @@ class Kit:
         self.limit = RateLimit(self.settings.rate_limit)
         telemetry.IN_FLIGHT.labels(self.name).set_function(lambda: self.in_flight)
 
-
     async def caller(self, plan: "Plan", metadata: Mapping[str, str | bytes]) -> Caller:
         """Who calls an RPC: an operator among the users acts for the platform where the RPC is the platform's own."""
         caller = await self.authenticator.caller(metadata)
