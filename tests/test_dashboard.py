@@ -306,6 +306,7 @@ async def test_a_service_that_is_away_is_said_so(databases: Databases, tmp_path:
             stack.stack.grpc = None
 
 
+@pytest.mark.alone
 async def test_a_thousand_deployments_take_no_longer_than_a_blink(databases: Databases, tmp_path: Path) -> None:
     async with running(tmp_path, databases.make()) as stack:
         operator = await stack.sign_in()
@@ -316,11 +317,11 @@ async def test_a_thousand_deployments_take_no_longer_than_a_blink(databases: Dat
             slow = {}
             for path in PAGES:
                 took = []
-                for _ in range(5):
+                for _ in range(9):
                     answer = await browser.get(f"/dashboard{path}")
                     assert answer.status_code == 200
                     took.append(float(answer.headers["server-timing"].partition("dur=")[2]))
-                # The least of five: what else runs on the machine only adds to it.
+                # The least of nine: what else runs on the machine only adds to it.
                 slow[path] = min(took)
             print({path: f"{ms:.0f} ms" for path, ms in slow.items()})
             assert max(slow.values()) < 100, slow
