@@ -326,7 +326,6 @@ async def test_a_thousand_deployments_take_no_longer_than_a_blink(databases: Dat
             assert max(slow.values()) < 100, slow
 
 
-
 def test_times_and_amounts_for_people() -> None:
     at = now()
     for seconds, words in ((0, "just now"), (90, "1 min ago"), (7300, "2 h ago"), (-90, "in 1 min"), (200_000, "2 d ago")):
