@@ -12,7 +12,7 @@ from clawplane.user.v1 import (
     user_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
-from services.kit import partitions, purge
+from services.kit import partitions, purge, vault
 from services.kit.auth import Authenticator
 from services.kit.call import Kit
 from services.kit.columns import now
@@ -21,7 +21,7 @@ from services.kit.feed import remembered_access, remembered_sessions
 from services.kit.loops import Loop
 from services.kit.server import App
 from services.user_svc.access.service import AccessService, resolver
-from services.user_svc.base import AuditEvent, IdempotencyKey
+from services.user_svc.base import AuditEvent, IdempotencyKey, SecretCanary
 from services.user_svc.changes import feed
 from services.user_svc.changes import repository as changes
 from services.user_svc.changes.service import ChangeService
@@ -46,10 +46,11 @@ KEPT = {IdempotencyKey: timedelta(0), Session: timedelta(0), SignInLink: timedel
 def create_app(settings: UserSettings) -> App:
     """The table of contents of the user service."""
     db = Database(settings.database_url, settings, "user_svc")
+    box = vault.open_box(settings)
     follower = feed.follower(db)
     access = remembered_access(follower, resolver(db))
     resolve_session = remembered_sessions(follower, sessions.resolver(db))
-    kit = Kit("user_svc", settings, db, Authenticator(settings, access, resolve_session=resolve_session), AuditEvent, IdempotencyKey)
+    kit = Kit("user_svc", settings, db, Authenticator(settings, access, resolve_session=resolve_session), AuditEvent, IdempotencyKey, box)
 
     async def purge_changes() -> bool:
         async with db.transaction(ALL) as session:
@@ -73,6 +74,6 @@ def create_app(settings: UserSettings) -> App:
             *(add_links if settings.sign_in_links else []),
         ],
         loops=[Loop("purge-changes", purge_changes, 3600), partitions.keeper(db, PARTITIONED), purge.purger(db, KEPT)],
-        starters=[lambda: partitions.ensure(db, PARTITIONED), follower.start],
+        starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED), follower.start],
         closers=[follower.stop],
     )

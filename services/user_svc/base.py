@@ -7,6 +7,7 @@ from services.kit.audit import AuditRow
 from services.kit.columns import NAMING
 from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.inbox import WebhookEventRow
+from services.kit.vault import CanaryRow
 
 
 class Base(DeclarativeBase):
@@ -26,6 +27,12 @@ class IdempotencyKey(IdempotencyKeyRow, Base):
     """Answers of calls that may be made again."""
 
     __tablename__ = "idempotency_keys"
+
+
+class SecretCanary(CanaryRow, Base):
+    """Tells a wrong key before any secret is lost."""
+
+    __tablename__ = "secret_canaries"
 
 
 class WebhookEvent(WebhookEventRow, Base):
