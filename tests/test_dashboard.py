@@ -235,6 +235,21 @@ async def test_events_come_as_a_stream(stack: Stack) -> None:
     assert '"state.deploying"' in seen and '"state.active"' in seen
 
 
+async def test_a_stream_without_its_visitor_is_refused_and_not_led_to_a_page(stack: Stack) -> None:
+    """What follows events takes any 200 that is no stream for a defect of the server, as a sign-in page after a redirect."""
+    person, browser = await customer(stack)
+    d = await stack.order(person)
+    paths = ("/dashboard/stream", f"/dashboard/deployments/{d.id}/stream")
+    ended = {"cookie": f"{COOKIE}={browser.cookies[COOKIE]}"}
+    async with browser, window(stack) as nobody, window(stack, **ended) as thief:
+        assert (await browser.submit("/sign-out", "/deployments/new")).status_code == 303
+        await eventually(lambda: _is_away(thief), timeout_s=2)
+        for visitor in (nobody, thief):
+            for path in paths:
+                refused = await visitor.get(path)
+                assert refused.status_code == 401 and refused.json()["error"]["status"] == "UNAUTHENTICATED"
+
+
 async def test_chat_goes_to_the_bot_alone(databases: Databases, tmp_path: Path) -> None:
     """A bot of the local driver answers here; in production an address of the own network is not even asked."""
     async with running(tmp_path / "a", databases.make()) as stack:
