@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import contextlib
+import itertools
 import os
+import random
 import secrets
 import socket
 import time
@@ -61,6 +63,12 @@ TRANSPORT = os.environ.get("CLAWPLANE_TRANSPORT", "grpcio")
 """What the tests run on: `make native` sets it for services in this process, which read it as any does, and `clean_env` hands it on."""
 
 
+_WORKER, _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_LOWEST_PORT, _PORTS = 10_000, 20_000 // _WORKERS * _WORKERS
+# Not where another run on the same machine may have begun.
+_ports = itertools.count(random.randrange(_PORTS))
+
+
 def clean_env() -> dict[str, str]:
     """The environment without anything of ours but the transport, for processes that tests start."""
     ours = {name for name in os.environ if name.startswith("CLAWPLANE_")}
@@ -68,10 +76,18 @@ def clean_env() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback that nobody listens on, that no other worker of pytest is given, and this one not again soon.
+
+    It lies below those that systems give to connections that go out: one of these would have it before the server that it is for.
+    """
+    while True:
+        port = _LOWEST_PORT + (next(_ports) * _WORKERS + _WORKER) % _PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 def random_key() -> str:
