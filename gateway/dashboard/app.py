@@ -45,12 +45,12 @@ class Dashboard:
             self._get("/deployments/new", deployments.new),
             self._post("/deployments/new", deployments.create),
             self._get("/deployments/{id:segment}", deployments.show),
-            self._get("/deployments/{id:segment}/stream", deployments.stream_one, events=True),
+            self._events("/deployments/{id:segment}/stream", deployments.stream_one),
             self._post("/deployments/{id:segment}/chat", self._chat.say),
             self._post("/deployments/{id:segment}/change", deployments.change),
             self._post("/deployments/{id:segment}/{action:segment}", deployments.act),
             self._get("/deployments/{id:segment}/{action:segment}", deployments.back),
-            self._get("/stream", deployments.stream_all, events=True),
+            self._events("/stream", deployments.stream_all),
             self._get("/usage", usage.page),
             self._get("/usage.csv", usage.csv_file),
             self._get("/providers", providers.index),
@@ -74,17 +74,25 @@ class Dashboard:
     async def _to_home(self, _: Request) -> Response:
         return RedirectResponse("/dashboard", 307)
 
-    def _get(self, path: str, page: Page, *, visitors: bool = True, events: bool = False) -> Route:
-        return Route(f"/dashboard{path}", self._around(page, visitors, events), methods=["GET"])
+    def _get(self, path: str, page: Page, *, visitors: bool = True) -> Route:
+        return Route(f"/dashboard{path}", self._around(page, visitors), methods=["GET"])
 
     def _post(self, path: str, page: Page, *, visitors: bool = True) -> Route:
         return Route(f"/dashboard{path}", self._around(page, visitors), methods=["POST"])
 
-    def _around(self, page: Page, visitors: bool, events: bool = False) -> Callable[[Request], Awaitable[Response]]:
-        """A form's origin, then the visitor, then the form's own proof, then the page.
+    def _events(self, path: str, watch: Page) -> Route:
+        """What a script follows is refused by a status: a page in its place would be taken for a broken stream."""
 
-        ``events``: a script follows it, so that a refusal is a status; a page in its place would be taken for a broken stream.
-        """
+        async def answer(http: Request) -> Response:
+            try:
+                return await watch(Visit(http, self._services, self._door.token(http)))
+            except ApiError as error:
+                return errors.render(error)
+
+        return Route(f"/dashboard{path}", answer, methods=["GET"])
+
+    def _around(self, page: Page, visitors: bool) -> Callable[[Request], Awaitable[Response]]:
+        """A form's origin, then the visitor, then the form's own proof, then the page."""
 
         async def answer(http: Request) -> Response:
             started = time.perf_counter()
@@ -94,15 +102,13 @@ class Dashboard:
                     refuse_strangers(http, self._origin)
                     await visit.read_form()
                 if visitors:
-                    if not visit.token and not events:
+                    if not visit.token:
                         return self._sign_in(http)
                     if http.method == "POST":
                         visit.check_csrf()
                     visit.who = await visit.call(self._services.access.WhoAmI, access_service_pb2.WhoAmIRequest())
                 response = await page(visit)
             except ApiError as error:
-                if events:
-                    return errors.render(error)
                 if error.status.code == code_pb2.UNAUTHENTICATED:
                     return self._door.forget(self._sign_in(http))
                 response = render("error.html", visit, error.http_status, error=error)
