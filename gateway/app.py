@@ -15,6 +15,7 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from gateway import health, httprule
+from gateway.client import Forwarder
 from gateway.dashboard.app import Dashboard
 from gateway.errors import ApiError, internal, invalid, method_not_allowed, not_found, render
 from gateway.middleware import BodyLimit, Observe, SecurityHeaders
@@ -84,6 +85,7 @@ def create_app(
     app.router.redirect_slashes = False
     # Set when the process stops: open streams end then.
     app.state.stopping = asyncio.Event()
+    app.state.forward = Forwarder(service_metadata)
     app.state.models = models
     app.state.dashboard = dashboard
     return app

@@ -20,6 +20,9 @@ class GatewaySettings(KitSettings):
     deployment_target: str = Field("127.0.0.1:50052", description="host:port of the deployment service (gRPC)")
     http_host: str = Field("127.0.0.1", description="address on which the gateway listens")
     http_port: int = Field(8080, ge=1, le=65535, description="port on which the gateway listens")
+    trusted_proxies: list[str] = Field(
+        default_factory=list, description="addresses or networks whose X-Forwarded-For and -Proto count, 10.0.0.0/8; empty: none"
+    )
     public_url: str = Field("http://127.0.0.1:8080", description="address of the gateway as browsers see it")
 
     stripe_webhook_secrets: list[SecretStr] = Field(

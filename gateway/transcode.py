@@ -100,7 +100,7 @@ def to_json(message: Message) -> bytes:
 
 def forwarded_metadata(http: Request) -> list[tuple[str, str]]:
     """The metadata of a forwarded call: the caller's credential and organization, request id, trace; ApiError for bad headers."""
-    metadata = [("x-request-id", http.scope["state"]["request_id"])]
+    metadata = [("x-request-id", http.scope["state"]["request_id"]), *http.app.state.forward(http)]
     for name in _FORWARDED:
         values = http.headers.getlist(name)
         if len(values) > 1:

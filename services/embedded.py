@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
-GATEWAY_PERMISSIONS = ("models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync", "webhooks.ignore")
-"""What the gateway's own token may do: webhooks, the sandbox's page and what model calls have used, nothing else."""
+GATEWAY_PERMISSIONS = ("calls.forward", "models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync", "webhooks.ignore")
+"""What the gateway's own token may do: say for whom it calls, webhooks, the sandbox's page and what model calls have used, nothing else."""
 _ISSUERS = {"UserSettings": "user_svc", "DeploymentSettings": "deployment_svc", "GatewaySettings": "gateway"}
 
 
@@ -102,6 +102,7 @@ class Stack:
             app, log_config=None, access_log=False, server_header=False, lifespan="off", timeout_graceful_shutdown=5,
             # Longer than load balancers and clients keep theirs, so that none of them sends into a connection that is being closed.
             loop="none", ws="none", timeout_keep_alive=75,
+            proxy_headers=bool(settings.trusted_proxies), forwarded_allow_ips=list(settings.trusted_proxies),
         )  # fmt: skip
         self._http = _Uvicorn(config)
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listen(settings.http_host, settings.http_port)]))

@@ -78,7 +78,7 @@ class Visit:
     def metadata(self) -> Metadata:
         """The visitor's credential and the request's id."""
         own = (("authorization", f"Bearer {self.token}"),) if self.token else ()
-        return (*own, ("x-request-id", self.http.scope["state"]["request_id"]))
+        return (*own, ("x-request-id", self.http.scope["state"]["request_id"]), *self.http.app.state.forward(self.http))
 
     @property
     def csrf(self) -> str:

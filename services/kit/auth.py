@@ -1,6 +1,7 @@
 """Who calls: any credential becomes a Caller. Handlers never look at credentials."""
 
 import hmac
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from services.kit.clerk import ClerkVerifier
+from services.kit.clerk import ClerkVerifier, fresh_until
 from services.kit.db import ALL
 from services.kit.errors import NotFound, Unauthenticated
 from services.kit.ids import NO_ORG, to_uuid
@@ -18,6 +19,10 @@ from services.kit.settings import KitSettings, decode_key
 AUDIENCE = "clawplane"
 MAX_LIFETIME_S = 15 * 60
 EVERYTHING = "*"
+FORWARD = "calls.forward"
+"""The permission to say for whom a call is forwarded."""
+FRESH_S = 3600
+"""How long a sign-in counts as fresh; kit/clerk.py has the same."""
 SESSION = "sess"
 """Prefix of a session's token."""
 CLERK = "clerk:"
@@ -32,9 +37,9 @@ class Caller:
     """Who calls, where, and what they may do."""
 
     kind: str
-    """"public", "user", "claw", "service" or "operator"."""
+    """"public", "user", "key", "claw", "service" or "operator"."""
     subject: str
-    """For the audit log: "usr_...", "ckey_...", "service:gateway", "operator"."""
+    """For the audit log: "usr_...", "key_...", "service:gateway", "operator"."""
     permissions: frozenset[str] = frozenset()
     org_id: str = ""
     """The organization that the call acts in; empty for services and operators."""
@@ -46,6 +51,10 @@ class Caller:
     """The key or session that the call is made with; empty for other credentials."""
     is_operator: bool = False
     """Whether this person may also act for the platform."""
+    fresh_until: float = 0.0
+    """Until when (seconds since 1970) the caller may do what asks for a fresh sign-in: 0 for keys, for ever for the platform's tokens."""
+    rate: str = ""
+    """How often this key may be used: "60/minute"; empty for no limit of its own."""
 
     def on_platform(self) -> "Caller":
         """The same person as an operator, for RPCs that are the platform's own; whoever is none stays what he is."""
@@ -90,15 +99,17 @@ class Session:
     user_id: str
     expires_at: float
     """Seconds since 1970."""
+    fresh_until: float = 0.0
+    """Until when the sign-in counts as fresh, seconds since 1970."""
 
 
 class _Token:
     """A token whose signature was checked, and the caller that it made last."""
 
-    __slots__ = ("access", "caller", "good_until", "granted", "org", "user")
+    __slots__ = ("access", "caller", "fresh_until", "good_until", "granted", "org", "user")
 
-    def __init__(self, claims: Mapping[str, object], user: str, granted: frozenset[str]) -> None:
-        self.user, self.granted = user, granted
+    def __init__(self, claims: Mapping[str, object], user: str, granted: frozenset[str], fresh_until: float = math.inf) -> None:
+        self.user, self.granted, self.fresh_until = user, granted, fresh_until
         self.org = str(claims.get("org", "")) if not user.startswith(CLERK) else ""
         self.good_until = min(float(claims["exp"]), time.time() + _CACHE_S)  # type: ignore[arg-type]
         self.access: Access | None = None
@@ -132,6 +143,7 @@ class Authenticator:
         self._operator = self.settings.operator_token.get_secret_value().encode()
         self._clerk = ClerkVerifier(self.settings) if self.settings.clerk_issuer else None
         self._checked: dict[str, _Token] = {}
+        self._forwarders: dict[str, float] = {}
 
     async def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
         """The caller of a call; Unauthenticated when a credential is missing or does not hold."""
@@ -156,7 +168,7 @@ class Authenticator:
             allowed = access.permissions if EVERYTHING in token.granted else access.permissions & token.granted
             token.caller = Caller(
                 "user", access.user_id, allowed, access.org_id, access.user_id, access.email,
-                is_operator=access.is_operator and EVERYTHING in token.granted,
+                is_operator=access.is_operator and EVERYTHING in token.granted, fresh_until=token.fresh_until,
             )  # fmt: skip
             token.access = access
         return self._in(token.caller, wanted_org)
@@ -175,8 +187,25 @@ class Authenticator:
             raise _no_access(wanted_org)
         return Caller(
             "user", access.user_id, access.permissions, access.org_id, access.user_id, access.email, key_id=session.id,
-            is_operator=access.is_operator,
+            is_operator=access.is_operator, fresh_until=session.fresh_until,
         )  # fmt: skip
+
+    def may_forward(self, token: str | bytes | None) -> bool:
+        """Whether a token says that its sender may tell for whom a call is forwarded: a service's, with that permission."""
+        if not isinstance(token, str) or not token:
+            return False
+        known = self._forwarders.get(token)
+        if known is None or known < time.time():
+            try:
+                claims = self._verify(token)
+            except Unauthenticated:
+                return False
+            if claims.get("user") or not {FORWARD, EVERYTHING} & set(claims["permissions"]):  # type: ignore[call-overload]
+                return False
+            if len(self._forwarders) >= _CACHE_SIZE:
+                self._forwarders.clear()
+            self._forwarders[token] = min(float(claims["exp"]), time.time() + _CACHE_S)  # type: ignore[arg-type]
+        return True
 
     async def _check(self, header: str, wanted_org: str) -> "Caller | _Token":
         """What a credential is that was not seen before, or that is no token."""
@@ -197,7 +226,7 @@ class Authenticator:
             return Caller("operator", "operator", frozenset({EVERYTHING}))
         if self._clerk is not None and self._clerk.is_for(text):
             claims = await self._clerk.claims(text)
-            token = _Token(claims, f"{CLERK}{claims['sub']}", frozenset({EVERYTHING}))
+            token = _Token(claims, f"{CLERK}{claims['sub']}", frozenset({EVERYTHING}), fresh_until(claims))
         else:
             claims = self._verify(text)
             token = _Token(claims, str(claims.get("user", "")), frozenset(str(item) for item in claims["permissions"]))  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
 from services.kit import errors, ids, telemetry
 from services.kit.auth import Authenticator, Caller
+from services.kit.client import Client, client_of
 from services.kit.db import ALL, Database
 from services.kit.limits import RateLimit
 from services.kit.secrets import SecretBox
@@ -67,6 +68,9 @@ class Plan:
     audience: int
     is_read: bool
     audited: bool
+    fresh: bool
+    """Whether it asks for a fresh sign-in."""
+    rate: str
     request: Descriptor
     answer: Any
     """The class of the answer."""
@@ -88,6 +92,7 @@ class Plan:
         service = descriptor.containing_service
         return cls(
             f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited,
+            rule.fresh, rule.rate,
             descriptor.input_type, GetMessageClass(descriptor.output_type),
             not is_read and "request_id" in descriptor.input_type.fields_by_name,
             _any_field(descriptor.output_type, lambda field: field.GetOptions().debug_redact, set()),
@@ -115,12 +120,13 @@ def _has_rule(field: FieldDescriptor) -> bool:
 class Call:
     """One call, as a handler sees it."""
 
-    __slots__ = ("_audited", "_notes", "caller", "claim", "claimed", "context", "kit", "plan", "request_id")
+    __slots__ = ("_audited", "_client", "_notes", "caller", "claim", "claimed", "context", "kit", "plan", "request_id")
 
     def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
         self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
         self._notes: dict[str, Any] = {}
         self._audited = False
+        self._client: Client | None = None
         self.claim: Callable[[str], Any] | None = None
         """Makes the row that claims the request id, from the resource's id."""
         self.claimed = False
@@ -134,6 +140,14 @@ class Call:
                 reason=ErrorReason.ERROR_REASON_USER_REQUIRED,
             )
         return self.caller.org_id
+
+    @property
+    def client(self) -> Client:
+        """Where the call comes from; found out when it is first asked for."""
+        if self._client is None:
+            metadata = dict(self.context.invocation_metadata() or ())
+            self._client = client_of(self.context.peer() or "", metadata, self.kit.authenticator)
+        return self._client
 
     def audit(
         self, resource_id: str, *, org_id: str = "", before: Any = None, after: Any = None, project_id: str | None = None
@@ -159,6 +173,8 @@ class Call:
             raise errors.PermissionDenied(self.plan.permission)
         if not self.caller.may(self.plan.permission):
             raise errors.PermissionDenied(self.plan.permission)
+        if self.plan.fresh and not self.caller.is_platform and self.caller.fresh_until < time.time():
+            raise errors.StepUpRequired()
 
     async def ticks(self, every_s: float) -> AsyncIterator[None]:
         """The beats of a stream. Once a second it is checked again that the caller may: what was taken away ends the stream."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -16,7 +17,15 @@ _LEEWAY_S = 5
 _REFRESH_S = 10.0
 """Keys are fetched again for a token that none of the known ones signed, but not more often: anyone can send such a token."""
 _FETCH_TIMEOUT_S = 3.0
+_FRESH_S = 3600
 _BAD = (jwt.PyJWTError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
+def fresh_until(claims: Mapping[str, Any]) -> float:
+    """Until when a token's sign-in is fresh, by the minutes since Clerk last saw the first factor (fva); 0 when it does not say."""
+    age = claims.get("fva")
+    minutes = age[0] if isinstance(age, list) and age else None
+    return float(claims.get("iat", 0)) - minutes * 60 + _FRESH_S if isinstance(minutes, int) and minutes >= 0 else 0.0
 
 
 class ClerkVerifier:

@@ -83,6 +83,16 @@ class PermissionDenied(Error):
         super().__init__(f"the permission {permission} is needed", permission=permission)
 
 
+class StepUpRequired(Error):
+    """The caller may, but not with a sign-in that is so old, or not with a key."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+    reason = ErrorReason.ERROR_REASON_STEP_UP_REQUIRED
+
+    def __init__(self) -> None:
+        super().__init__("this needs a fresh sign-in of a person: prove once more that it is you, then repeat it")
+
+
 class NotFound(Error):
     """Does not exist, or is not the caller's: both look the same."""
 
