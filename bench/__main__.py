@@ -58,6 +58,9 @@ def _first_token(one: Round) -> float:
 _BARE, _WRAPPED = "empty, bare", "empty, wrapped"
 GATES = [
     Gate("wrapped empty / bare empty, server CPU", _cpu(_WRAPPED, _BARE), 1.25, at_most=True),
+    Gate("VerifyApiKey / wrapped empty, server CPU", _cpu("VerifyApiKey", _WRAPPED), 1.15, at_most=True),
+    Gate("VerifyApiKey among 100,000 keys / few, server CPU", _cpu("VerifyApiKey, among 100,000 keys", "VerifyApiKey"), 1.05, at_most=True),
+    Gate("ValidateSession / wrapped empty, server CPU", _cpu("ValidateSession", _WRAPPED), 1.5, at_most=True),
     Gate("GetUser / wrapped empty, calls a second", _rate("GetUser", _WRAPPED), 0.65),
     Gate("GetDeployment / wrapped empty, calls a second", _rate("GetDeployment", _WRAPPED), 0.65),
     Gate("RecordUsage / wrapped empty, calls a second", _rate("RecordUsage, one event", _WRAPPED), 0.10),

@@ -44,6 +44,8 @@ class Order:
     stream: bool = False
     """POST the bodies, and read answers that come in pieces to their end."""
     callers: int = 32
+    apart: bool = False
+    """Each caller takes other bodies, so that as many as there are calls are sent."""
     seconds: float = 2.0
 
 
@@ -67,7 +69,7 @@ async def run(order: Order) -> dict[str, Any]:
     deadline = started + order.seconds
 
     async def caller(index: int, send: Send) -> None:
-        for number in itertools.count(index):
+        for number in itertools.count(index, order.callers if order.apart else 1):
             begun = time.perf_counter()
             if begun >= deadline:
                 return

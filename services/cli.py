@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import secrets
 import sys
 import time
 from enum import StrEnum
@@ -16,16 +15,19 @@ import uvloop
 from pydantic import ValidationError
 from rich.console import Console
 
-from services import embedded
+from services import cli_audit, embedded, keys_cli
 from services.deployment_svc.settings import DeploymentSettings
-from services.kit import devkeys, telemetry
+from services.kit import telemetry
 from services.kit.auth import TokenSigner
 from services.kit.secrets import SecretError
 from services.kit.settings import KitSettings
 from services.user_svc.settings import UserSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cli_audit.app, name="audit")
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+app.add_typer(keys_cli.app, name="keys")
 
 Host = Annotated[str, typer.Option(help="Address to listen on.", envvar="CLAWPLANE_HOST")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the embedded default keeps its files. [default: .clawplane]")]
@@ -150,24 +152,13 @@ def demo(
     ] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Run the whole loop against the running stack (or one of its own): order, pay, live, chat, usage, close."""
+    """Run the whole loop against the running stack (or one of its own): sign in, order, pay, live, invite, keys, chat, usage, close."""
     from services.demo import run_demo
     from services.demo_stack import Where
 
     folder = data_dir or KitSettings().data_dir
-    where = Where(user_target, deployment_target, url, folder) if url else folder
+    where = Where(user_target, deployment_target, url, folder, is_here=False) if url else folder
     raise typer.Exit(asyncio.run(run_demo(where, out, on_akash=akash_simulator)))
-
-
-@app.command()
-def keys() -> None:
-    """Print fresh keys for production as lines of an .env file, the file that docker-compose.yml reads. Keep it secret and safe:
-    without the encryption keys, no stored secret can be read again."""
-    made = devkeys.make(f"k{time.strftime('%Y%m%d')}")
-    made["clerk_webhook_secrets"] = f'["{devkeys.clerk_webhook_secret(made)}"]'
-    for name, value in made.items():
-        print(f"CLAWPLANE_{name.upper()}='{value}'")
-    print(f"POSTGRES_PASSWORD='{secrets.token_urlsafe(24)}'")
 
 
 @app.command()

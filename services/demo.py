@@ -19,9 +19,10 @@ from clawplane.deployment.v1 import (
     usage_service_pb2,
     usage_service_pb2_grpc,
 )
-from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
+from clawplane.user.v1 import mailbox_service_pb2_grpc, user_pb2, user_service_pb2, user_service_pb2_grpc
 from services import demo_akash as akash
 from services import demo_edges as edges
+from services import demo_identity as identity
 from services import embedded
 from services.demo_stack import DemoError, Where, free_ports, own_stack, stack, until
 from services.kit.auth import TokenSigner
@@ -87,16 +88,20 @@ class Demo:
         direct = [("grpc.enable_http_proxy", 0)]
         to_users, channel = (grpc.aio.insecure_channel(target, direct) for target in (self.where.user, self.where.deployment))
         async with to_users, channel, httpx.AsyncClient(base_url=self.where.http, trust_env=False, timeout=30) as http:
-            self.http = http
+            self.http, self.to_users = http, to_users
             self.users = user_service_pb2_grpc.UserServiceStub(to_users)
             self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(channel)
             self.usage = usage_service_pb2_grpc.UsageServiceStub(channel)
             self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(channel)
             if self.world:
                 await self.world.prepare(self)
-            ann, bob = await self._person("Ann"), await self._person("Bob")
+            mailbox = await self._mailbox(to_users)
+            ann = await identity.sign_in(self, mailbox, "Ann") if mailbox else await self._person("Ann")
+            bob = await self._person("Bob")
             first = await self._order_and_pay(ann)
             live = await self._live(ann, first)
+            if mailbox:
+                await identity.run(self, mailbox, ann, live.id)
             if self.world:
                 await self.world.report(self, live)
             await self._chat(live)
@@ -111,6 +116,14 @@ class Demo:
             await self._close(bob, second)
             if self.world:
                 await self.world.close(self)
+            await identity.verify_audit(self)
+
+    async def _mailbox(self, channel: grpc.aio.Channel) -> identity.Mailbox | None:
+        mailbox = identity.Mailbox(mailbox_service_pb2_grpc.MailboxServiceStub(channel), self.operator)
+        if await mailbox.is_open():
+            return mailbox
+        self.say("no mailbox here, so nobody signs in: the demo acts for people with tokens that it signs itself")
+        return None
 
     async def _person(self, name: str) -> dict[str, str]:
         wish = user_pb2.User(email=f"{name.lower()}.{secrets.token_hex(4)}@example.com", full_name=name)

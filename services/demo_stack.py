@@ -33,6 +33,8 @@ class Where:
     deployment: str
     http: str
     data_dir: Path
+    is_here: bool = True
+    """Whether it runs on that data directory, on this machine."""
 
 
 @asynccontextmanager
@@ -57,9 +59,14 @@ async def own_stack(out: Console, env: dict[str, str]) -> AsyncIterator[Where]:
             sys.executable, "-m", "services.cli", "up", "--data-dir", folder, "--grpc-port", str(ports[0]), "--http-port", str(ports[1]),
             stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, env=os.environ | {"CLAWPLANE_LOG_LEVEL": "error"} | env,
         )  # fmt: skip
+
+        async def started() -> Where | None:
+            if process.returncode is not None:
+                raise DemoError(f"the stack ended at its start ({process.returncode}): `clawplane up` says why")
+            return await running_on(Path(folder))
+
         try:
-            found = await until("the stack to start", lambda: running_on(Path(folder)))
-            yield found
+            yield await until("the stack to start", started)
         finally:
             if process.returncode is None:
                 process.send_signal(signal.SIGTERM)

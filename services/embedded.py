@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 S = TypeVar("S", bound=KitSettings)
 
-GATEWAY_PERMISSIONS = ("calls.forward", "models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync", "webhooks.ignore")
-"""What the gateway's own token may do: say for whom it calls, webhooks, the sandbox's page and what model calls have used, nothing else."""
+GATEWAY_PERMISSIONS = (
+    "calls.forward", "mailbox.list", "models.settle", "payments.apply", "sandbox.use", "subscriptions.apply", "users.sync",
+    "webhooks.ignore",
+)  # fmt: skip
+"""What the gateway's own token may do: say for whom it calls, webhooks, sandbox and mailbox, what model calls have used, nothing else."""
 _ISSUERS = {"UserSettings": "user_svc", "DeploymentSettings": "deployment_svc", "GatewaySettings": "gateway"}
 
 
@@ -46,11 +49,19 @@ def load_settings(kind: type[S], data_dir: Path | None = None, **given: Any) -> 
     base = KitSettings(**where)
     if base.environment == "development":
         made = devkeys.settings_for(devkeys.load_or_make(base.data_dir), _ISSUERS.get(kind.__name__, "cli"))
-        made |= {"sandbox_enabled": True}
+        made |= {"sandbox_enabled": True} | _ring(base, made)
         defaults: dict[str, Any] = {name: value for name, value in made.items() if f"CLAWPLANE_{name.upper()}" not in os.environ}
     else:
         defaults = {"service_name": _ISSUERS.get(kind.__name__, "cli")} if "CLAWPLANE_SERVICE_NAME" not in os.environ else {}
     return kind(**(defaults | {"data_dir": base.data_dir} | given))
+
+
+def _ring(base: KitSettings, made: dict[str, object]) -> dict[str, object]:
+    """The embedded default's ring is a file, first made of its own key; whoever gives keys has a ring of them."""
+    if base.encryption_key.get_secret_value() or base.encryption_keys:
+        del made["encryption_keys"], made["encryption_key_id"]
+        return {}
+    return {"key_ring": base.data_dir / devkeys.RING}
 
 
 async def migrate_all(user: UserSettings | None, deployment: DeploymentSettings | None) -> None:
@@ -153,19 +164,20 @@ def stop_event() -> asyncio.Event:
 
 async def up(host: str, grpc_port: int, http_port: int, data_dir: Path | None, announce: Any) -> None:
     """Both services and the gateway in this process, until it is told to stop; then the local bots are stopped too."""
-    from gateway.settings import GatewaySettings
+    from gateway.settings import GatewaySettings, is_loopback
     from services.deployment_svc.app import create_app as create_deployment
     from services.deployment_svc.markets.local import LocalDriver
     from services.user_svc.app import create_app as create_user
 
     stop = stop_event()
     target, url = f"{host}:{grpc_port}", f"http://{host}:{http_port}"
-    user = load_settings(UserSettings, data_dir, sign_in_links=KitSettings().environment == "development")
     public = {"public_url": url} if "CLAWPLANE_PUBLIC_URL" not in os.environ else {}
+    user = load_settings(UserSettings, data_dir, sign_in_links=KitSettings().environment == "development", **public)
     deployment = load_settings(DeploymentSettings, data_dir, user_target=target, bind_host=host, **public)
     gateway = load_settings(
         GatewaySettings, data_dir, user_target=target, deployment_target=target, http_host=host, http_port=http_port, **public,
-        sandbox_enabled=deployment.sandbox_enabled,
+        sandbox_enabled=deployment.sandbox_enabled, sign_in_links=user.sign_in_links,
+        mailbox_enabled=user.mail_mode == "console" and is_loopback(host),
     )  # fmt: skip
     listen(host, http_port).close()
     await migrate_all(user, deployment)
@@ -203,6 +215,8 @@ async def serve_many(part: str, host: str, port: int, count: int) -> int:
         settings = load_settings(kind[part])
         await migrate_all(*((settings, None) if part == "user" else (None, settings)))
         await check_connections(settings.database_url, settings, count)  # type: ignore[attr-defined]
+        if not settings.redis_url.get_secret_value():
+            log.warning("limits.divided", workers=count, hint="each counts its share; with CLAWPLANE_REDIS_URL all count together")
     command = [sys.executable, "-m", "services.cli", "serve", part, "--host", host, "--port", str(port)]
     return await workers.Supervisor(command, count).run()
 

@@ -32,7 +32,7 @@ class Compose:
     """The file's services, each under the name it has there. Hosts and ports are this machine's; everything else is the file's."""
 
     def __init__(self, databases: Databases, folder: Path) -> None:
-        self.folder, self.env = folder, fresh_env()
+        self.folder, self.env = folder, fresh_env() | {"CLAWPLANE_KEY_RING": "/keys/ring.json"}
         urls = databases.make()
         ports = {port: str(free_port()) for port in ("50051", "50052", "8080", "9101", "9102")}
         self.ports = ports
@@ -45,6 +45,7 @@ class Compose:
             "gateway:8080": f"127.0.0.1:{ports['8080']}",
             "0.0.0.0": "127.0.0.1",
             "/data": str(folder),
+            "/keys/": f"{folder}/keys/",
         }
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 

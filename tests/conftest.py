@@ -21,6 +21,25 @@ telemetry.configure_logs("warning")
 ENGINES = ("sqlite", "postgres")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--engine", choices=ENGINES, help="run on this engine only; else on both")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the engines that were not asked for, and all but one for tests whose result cannot depend on it."""
+    wanted = config.getoption("engine")
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        call = getattr(item, "callspec", None)
+        engine = call.params.get("databases") if call is not None else None
+        only = wanted or (ENGINES[0] if item.get_closest_marker("any_engine") else engine)
+        (kept if engine in (None, only) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
 class Databases:
     """Makes databases on one engine."""
 

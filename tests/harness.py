@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import httpx
 
+from clawplane.deployment.v1 import audit_service_pb2_grpc as deployment_audit_pb2_grpc
 from clawplane.deployment.v1 import (
     blacklist_service_pb2_grpc,
     deployment_pb2,
@@ -30,10 +31,22 @@ from clawplane.deployment.v1 import (
 )
 from clawplane.user.v1 import (
     access_service_pb2_grpc,
+    api_key_pb2,
+    api_key_service_pb2,
+    api_key_service_pb2_grpc,
+    audit_service_pb2_grpc,
+    claw_key_service_pb2,
+    claw_key_service_pb2_grpc,
     entitlement_service_pb2_grpc,
+    invitation_service_pb2_grpc,
+    mailbox_service_pb2_grpc,
+    member_service_pb2_grpc,
+    oauth_service_pb2_grpc,
+    organization_service_pb2_grpc,
     session_service_pb2_grpc,
     sign_in_link_service_pb2,
     sign_in_link_service_pb2_grpc,
+    sign_in_service_pb2_grpc,
     user_pb2,
     user_service_pb2,
     user_service_pb2_grpc,
@@ -42,7 +55,7 @@ from gateway.settings import GatewaySettings
 from services import embedded
 from services.deployment_svc.app import create_app as create_deployment
 from services.deployment_svc.settings import DeploymentSettings
-from services.kit import devkeys
+from services.kit import devkeys, ids
 from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
 from services.user_svc.app import create_app as create_user
@@ -51,12 +64,19 @@ from services.user_svc.settings import TIERS, Tier, UserSettings
 TELEGRAM = "123456789:" + "A" * 35
 Metadata = tuple[tuple[str, str], ...]
 
-FAST: dict[str, Any] = {
-    "poll_s": 0.05, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
+UNLIMITED: dict[str, Any] = {
+    "rate_limit": "1000000/minute", "public_rate_limit": "1000000/minute", "failed_rate_limit": "1000000/minute", "method_rates_factor": 1e6,
+}  # fmt: skip
+"""Tests come from one address, and more often than people."""
+
+FAST: dict[str, Any] = UNLIMITED | {
+    "poll_s": 0.1, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
     "bid_timeout_s": 1, "ready_timeout_s": 3, "fail_after_s": 0.5, "payment_check_s": 300,
     # Tests share the market: what one of them does to a provider must not count in the next.
-    "blacklist_failures": 1_000_000, "score_window_s": 0.001, "rate_limit": "1000000/minute",
+    "blacklist_failures": 1_000_000, "score_window_s": 0.001,
 }  # fmt: skip
+CHEAP_PASSWORDS: dict[str, Any] = {"password_memory_kib": 64, "password_time_cost": 1, "password_lanes": 1}
+"""Hashes that take no time, and count nothing: what they protect are tests."""
 
 
 TRANSPORT = os.environ.get("CLAWPLANE_TRANSPORT", "grpcio")
@@ -135,10 +155,20 @@ class Stack:
 
     def __post_init__(self) -> None:
         self.users = user_service_pb2_grpc.UserServiceStub(self.channel)
+        self.audit = audit_service_pb2_grpc.AuditServiceStub(self.channel)
+        self.deployment_audit = deployment_audit_pb2_grpc.AuditServiceStub(self.channel)
         self.access = access_service_pb2_grpc.AccessServiceStub(self.channel)
         self.sessions = session_service_pb2_grpc.SessionServiceStub(self.channel)
         self.sign_in_links = sign_in_link_service_pb2_grpc.SignInLinkServiceStub(self.channel)
+        self.sign_in_service = sign_in_service_pb2_grpc.SignInServiceStub(self.channel)
+        self.oauth = oauth_service_pb2_grpc.OAuthServiceStub(self.channel)
+        self.mailbox = mailbox_service_pb2_grpc.MailboxServiceStub(self.channel)
+        self.api_keys = api_key_service_pb2_grpc.ApiKeyServiceStub(self.channel)
+        self.claw_keys = claw_key_service_pb2_grpc.ClawKeyServiceStub(self.channel)
         self.entitlements = entitlement_service_pb2_grpc.EntitlementServiceStub(self.channel)
+        self.organizations = organization_service_pb2_grpc.OrganizationServiceStub(self.channel)
+        self.members = member_service_pb2_grpc.MemberServiceStub(self.channel)
+        self.invitations = invitation_service_pb2_grpc.InvitationServiceStub(self.channel)
         self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(self.channel)
         self.payments = payment_service_pb2_grpc.PaymentServiceStub(self.channel)
         self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(self.channel)
@@ -162,6 +192,17 @@ class Stack:
         wish = user_pb2.User(email=email or f"{secrets.token_hex(8)}@example.com", full_name="Test Person")
         user = await self.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=self.operator)
         return Person(user, self.token_for(user.id))
+
+    async def key(self, person: Person, *permissions: str, **more: Any) -> api_key_service_pb2.CreateApiKeyResponse:
+        """A new API key of a person."""
+        wish = api_key_pb2.ApiKey(name="test", environment=api_key_pb2.API_KEY_ENVIRONMENT_TEST, permissions=permissions, **more)
+        return await self.api_keys.CreateApiKey(api_key_service_pb2.CreateApiKeyRequest(api_key=wish), metadata=person.metadata)
+
+    async def claw_key(self, d: deployment_pb2.Deployment) -> Metadata:
+        """The credential of a new start of a deployment's bot."""
+        request = claw_key_service_pb2.MintClawKeyRequest(key_id=ids.new("key"), deployment_id=d.id, org_id=d.org_id, user_id=d.user_id)
+        made = await self.claw_keys.MintClawKey(request, metadata=self.operator)
+        return (("authorization", f"Bearer {made.key}"),)
 
     async def link(self) -> str:
         """The token of a new one-time link."""
@@ -222,13 +263,14 @@ async def running(
     grpc_port, http_port = free_port(), free_port()
     target, url = f"127.0.0.1:{grpc_port}", f"http://127.0.0.1:{http_port}"
     tiers = TIERS | {"starter": Tier(price_minor=2900, monthly_tokens=0, monthly_credit_minor=1000, live_deployments=3)}
-    common: dict[str, Any] = {"data_dir": data_dir, "rate_limit": FAST["rate_limit"]}
+    # Workers of pytest share one server of a hundred connections.
+    common: dict[str, Any] = {"data_dir": data_dir} | ({"max_overflow": 5} if urls.get("user_svc", "").startswith("postgres") else {}) | UNLIMITED
 
     def made(service: str, extra: dict[str, Any]) -> dict[str, Any]:
         return devkeys.settings_for(keys, service) | common | extra
 
     user_settings = UserSettings(
-        **made("user_svc", {"user_database_url": urls.get("user_svc", ""), "tiers": tiers, "sign_in_links": True, **(user or {})})
+        **made("user_svc", {"user_database_url": urls.get("user_svc", ""), "tiers": tiers, "sign_in_links": True, "public_url": url, **CHEAP_PASSWORDS, **(user or {})})
     )
     deployment_settings = DeploymentSettings(
         **made(
@@ -241,7 +283,8 @@ async def running(
             "gateway",
             {
                 "user_target": target, "deployment_target": target, "http_port": http_port, "public_url": url,
-                "sandbox_enabled": deployment_settings.sandbox_enabled, **(gateway or {}),
+                "sandbox_enabled": deployment_settings.sandbox_enabled, "sign_in_links": user_settings.sign_in_links,
+                "mailbox_enabled": user_settings.mail_mode == "console", **(gateway or {}),
             },
         )
     )  # fmt: skip

@@ -33,27 +33,33 @@ OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.initial_reconnect_backoff_ms", 
 
 
 class Processes:
-    """A user service and any number of deployment services on the same databases."""
+    """User services and any number of deployment services on the same databases."""
 
-    def __init__(self, databases: Databases, folder: Path, deployments: int = 1, workers: int = 1, **env: str) -> None:
+    def __init__(self, databases: Databases, folder: Path, deployments: int = 1, workers: int = 1, users: int = 1, **env: str) -> None:
         self.keys = devkeys.load_or_make(folder)
-        self.folder, self.workers = folder, workers
-        self.ports = [free_port() for _ in range(1 + deployments)]
+        self.folder, self.workers, self.deployments = folder, workers, deployments
+        self.ports = [free_port() for _ in range(users + deployments)]
         urls = databases.make()
         fast = {f"CLAWPLANE_{name.upper()}": str(value) for name, value in FAST.items()}
         self.env = clean_env() | fast | {
             "CLAWPLANE_DATA_DIR": str(folder), "CLAWPLANE_USER_DATABASE_URL": urls["user_svc"],
             "CLAWPLANE_DEPLOYMENT_DATABASE_URL": urls["deployment_svc"], "CLAWPLANE_LOG_LEVEL": "warning",
             "CLAWPLANE_USER_TARGET": f"127.0.0.1:{self.ports[0]}",
+            # Several of these, and the stacks of other tests, share one small server.
+            "CLAWPLANE_MAX_OVERFLOW": "5",
         } | env  # fmt: skip
         self.running = [self.start(number) for number in range(len(self.ports))]
         self.operator: Metadata = (("authorization", f"Bearer {self.keys['operator_token']}"),)
 
+    def part(self, number: int) -> str:
+        """Which service a process is: number 0 is a user service, then come the deployment services, then further user services."""
+        return "deployment" if 1 <= number <= self.deployments else "user"
+
     def start(self, number: int) -> "subprocess.Popen[bytes]":
-        """Starts one; number 0 is the user service."""
-        part = "deployment" if number else "user"
+        """Starts one."""
+        part = self.part(number)
         with (self.folder / f"{part}-{number}.log").open("ab") as log:
-            more = ["--workers", str(self.workers)] if number and self.workers > 1 else []
+            more = ["--workers", str(self.workers)] if part == "deployment" and self.workers > 1 else []
             return subprocess.Popen(
                 [sys.executable, "-m", "services.cli", "serve", part, "--port", str(self.ports[number]), *more],
                 cwd=ROOT, env=self.env, stdout=log, stderr=log,

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from clawplane.audit.v1.audit_event_pb2 import AUDIT_OUTCOME_READ
 from clawplane.deployment.v1 import (
     blacklist_service_pb2,
     deployment_pb2,
@@ -23,30 +25,41 @@ from clawplane.deployment.v1 import (
     usage_event_pb2,
     usage_service_pb2,
 )
-from clawplane.user.v1 import user_pb2, user_service_pb2
+from clawplane.user.v1 import api_key_service_pb2, invitation_service_pb2, user_pb2, user_service_pb2
 from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
-from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.models import PaymentSession
-from services.kit import ids, vault
+from services.kit import ids, keys
 from services.kit.columns import Identifier, Tenant, now
 from services.kit.db import ALL, Database
 from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
+from services.user_svc.api_keys.models import ApiKey
 from services.user_svc.base import Base as UserBase
+from services.user_svc.invitations import repository as invitations
+from services.user_svc.invitations.models import Invitation
 from services.user_svc.organizations.models import Membership
+from services.user_svc.organizations.roles import OF_PEOPLE_ALONE, PERMISSIONS
 from services.user_svc.sessions import repository as sessions
+from services.user_svc.sessions.models import Session
 from services.user_svc.users.models import User
 from tests.harness import Metadata, Person, Stack, running
 from tests.valid import LISTED, Maker, Request
 
 BASES = {"user_svc": UserBase, "deployment_svc": DeploymentBase}
-LOOPS_OWN = {"feed_cursors"}
-"""Tables that hold where a loop is, and nothing of any tenant."""
+NOBODYS = {"feed_cursors", "key_holders", "mail_messages", "attempts", "one_time_codes", "audit_heads"}
+"""Tables that hold where a loop is, what it has to send, or hashes alone, and nothing that a tenant can ask for."""
+IDLE = timedelta(days=3)
 QUIET_S = 0.25
 """A stream that says nothing for so long has let the caller in."""
-LOOPS_TOUCH = {"due_at", "lease_until", "lease_token"}
+SPARE = 4
+"""So many victims are made at once: most of it is waiting for their bots."""
+LOOPS_TOUCH = {"due_at", "lease_until", "lease_token", "last_seen_at", "last_used_at", "seal_number", "seal"}
+FOR_KEYS = PERMISSIONS[Role.ROLE_OWNER] - OF_PEOPLE_ALONE
+"""All that a key can be given."""
+WEAK = "entitlements.get"
+"""All that the victim's other keys may do."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +79,15 @@ class Victim:
     person: Person
     rows: dict[Any, list[dict[str, Any]]]
     """Every row that is his or mentions what is his, by table."""
-    token: str = ""
-    """Of his session."""
+    tokens: tuple[str, ...] = ()
+    """Of his session, and of an invitation that he got."""
+    key: str = ""
+    """Of his API key."""
 
     def values(self, name: str) -> list[Any]:
         """The texts and numbers in the columns of a name; of a token, which no column holds, the text itself."""
         if name == "token":
-            return [self.token]
+            return list(self.tokens)
         found = (row.get(name) for rows in self.rows.values() for row in rows)
         return list(dict.fromkeys(value for value in found if isinstance(value, str | int) and value))
 
@@ -121,35 +136,62 @@ class Scene:
     engines: dict[str, AsyncEngine] = field(default_factory=dict)
     bystanders: set[str] = field(default_factory=set)
     """Hexadecimal ids of organizations and users whose own rows may change."""
+    spare: list[Victim] = field(default_factory=list)
 
     async def set_up(self) -> None:
         """The victim, and everybody who tries."""
         self.engines = {name: create_async_engine(url) for name, url in self.stack.urls.items()}
         self.settings = KitSettings(**settings_for(self.stack.keys, "deployment_svc"))  # type: ignore[arg-type]
-        self.stranger, self.guest = await self.stack.person(), await self.stack.person()
+        self.host = await self._bystander()
+        self.stranger, self.guest = await self._bystander(), await self._bystander()
         for person in (self.stranger, self.guest):
-            self.bystanders |= {person.user.id[-32:], person.org_id[-32:]}
             await self.stack.order(person)
-        self.claw_key = await self._claw_key(await self.stack.order(self.stranger))
+        self.claw_key = await self.stack.claw_key(await self.stack.order(self.stranger))
+        self.strangers_key = self.bearer((await self.stack.key(self.stranger, *FOR_KEYS)).key)
         self.victim = await self.plant()
+        # Of the victim himself, were they not over.
+        self.over = [await self._ended(revoked_at=now()), await self._ended(expires_at=now()), await self._ended(last_seen_at=now() - IDLE)]
+        self.weak_key, *ended = [await self._keys_of_victim(number) for number in range(3)]
+        self.over += ended
+        self.elsewhere = self.at(self.guest.metadata, self.guest.org_id)
+        people = {Role.ROLE_VIEWER: self.guest, Role.ROLE_DEVELOPER: await self._bystander(), Role.ROLE_ADMIN: await self._bystander()}
+        self.members = {role: await self.join(self.victim, role, person) for role, person in people.items()}
+
+    async def _bystander(self) -> Person:
+        person = await self.stack.person()
+        self.bystanders |= {person.user.id[-32:], person.org_id[-32:]}
+        return person
+
+    async def join(self, victim: Victim, role: int, person: Person | None = None) -> Metadata:
+        """Somebody's credential in the victim's organization, with a role there."""
+        person = person or await self._bystander()
         db = Database(self.stack.urls["user_svc"], self.settings, "test")
         async with db.transaction(ALL) as session:
-            session.add(Membership(org_id=self.victim.person.org_id, user_id=self.guest.user.id, role=Role.ROLE_VIEWER))
+            session.add(Membership(org_id=victim.person.org_id, user_id=person.user.id, role=role))
         await db.close()
-        self.elsewhere = self.at(self.guest.metadata, self.guest.org_id)
-        self.viewer = self.at(self.guest.metadata, self.victim.person.org_id)
+        return self.at(person.metadata, victim.person.org_id)
+
+    async def _keys_of_victim(self, number: int) -> Metadata:
+        """A key with one permission, which is expired when it is the second, and revoked when it is the third."""
+        made = await self.stack.key(self.victim.person, WEAK)
+        if number == 1:
+            async with self.engines["user_svc"].begin() as connection:
+                ended = sa.update(ApiKey).where(ApiKey.id == made.api_key.id).values(expires_at=now() - timedelta(seconds=1))
+                await connection.execute(ended)
+        if number == 2:
+            revoke = api_key_service_pb2.RevokeApiKeyRequest(id=made.api_key.id)
+            await self.stack.api_keys.RevokeApiKey(revoke, metadata=self.victim.person.metadata)
+        return self.bearer(made.key)
+
+    @staticmethod
+    def bearer(text: str) -> Metadata:
+        """Metadata with a credential."""
+        return (("authorization", f"Bearer {text}"),)
 
     @staticmethod
     def at(metadata: Metadata, org_id: str) -> Metadata:
         """The same caller in another organization."""
         return (*metadata, ("clawplane-org", org_id))
-
-    async def _claw_key(self, d: Any) -> Metadata:
-        db = Database(self.stack.urls["deployment_svc"], self.settings, "test")
-        async with db.transaction(ALL) as session:
-            key = claw_keys.mint(session, await session.get_one(Deployment, d.id), vault.open_box(self.settings), "test")
-        await db.close()
-        return (("authorization", f"Bearer {key.text}"),)
 
     async def plant(self, *, sacrificed: bool = False) -> Victim:
         """A tenant with a row of every kind that a request can name, made as people make them."""
@@ -164,6 +206,8 @@ class Scene:
         person = Person(user, stack.token_for(user.id))
         if sacrificed:
             self.bystanders |= {user.id[-32:], user.personal_org_id[-32:]}
+        # Before a bot has one, so that it is the first.
+        key = await stack.key(person, "usage.read")
         d = await self.order(person, "claude-opus-4.5")
         assert (await stack.sandbox_act(d, "pay")).status_code == 200
         await stack.until(d.id, deployment_pb2.STATE_ACTIVE)
@@ -178,8 +222,35 @@ class Scene:
         await stack.users.SyncClerkUser(said, metadata=stack.operator)
         excluded = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=f"asked for by {user.email}")
         await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
-        token = await self._signed_in(person)
-        return Victim(person, await self._rows_of(person), token)
+        asked = invitation_service_pb2.CreateInvitationRequest(email=f"{tag}@guest.example", role=Role.ROLE_VIEWER)
+        await stack.invitations.CreateInvitation(asked, metadata=person.metadata)
+        tokens = (await self._signed_in(person), await self._invited(person))
+        return Victim(person, await self._rows_of(person), tokens, key.key)
+
+    async def _invited(self, person: Person) -> str:
+        """The token of an invitation into somebody else's organization."""
+        db = Database(self.stack.urls["user_svc"], self.settings, "test")
+        async with db.transaction(ALL) as session:
+            row = Invitation(org_id=self.host.org_id, invited_by=self.host.user.id, email=person.user.email, role=Role.ROLE_VIEWER)
+            token = invitations.issue(row, invitations.LIFETIME, "test")
+            session.add(row)
+        await db.close()
+        return token
+
+    async def _ended(self, **values: Any) -> Metadata:
+        """The credential of a session of the victim's that has ended."""
+        token = await self._signed_in(self.victim.person)
+        key = keys.parse(token, "sess", "ses")
+        assert key is not None
+        async with self.engines["user_svc"].begin() as connection:
+            await connection.execute(sa.update(Session).where(Session.id == key.id).values(**values))
+        return self.bearer(token)
+
+    async def sacrifice(self) -> Victim:
+        """A victim that a test may change."""
+        if not self.spare:
+            self.spare = await asyncio.gather(*(self.plant(sacrificed=True) for _ in range(SPARE)))
+        return self.spare.pop()
 
     async def _signed_in(self, person: Person) -> str:
         """The token of a new session."""
@@ -229,19 +300,39 @@ class Scene:
         return found
 
     async def snapshot(self) -> set[str]:
-        """Every row but those of the bystanders."""
-        kept = set()
-        for table, row in await self._everything():
+        """Every row but those of the bystanders, and of the organizations that they have made."""
+        kept, everything = set(), await self._everything()
+        memberships = [row for table, row in everything if table is Membership.__table__]
+        theirs = {row["org_id"][-32:] for row in memberships if row["role"] == Role.ROLE_OWNER and row["user_id"][-32:] in self.bystanders}
+        for table, row in everything:
             owner = [row["org_id"]] if "org_id" in row else row.values()
-            if table.name in LOOPS_OWN or {value[-32:] for value in owner if isinstance(value, str)} & self.bystanders:
+            if table.name in NOBODYS or {value[-32:] for value in owner if isinstance(value, str)} & (self.bystanders | theirs):
+                continue
+            # What is over is purged at any moment.
+            if row.get("expires_at") is not None and row["expires_at"] <= now():
+                continue
+            # What somebody did with what is his own, wherever he acted, and that a member has read what he may.
+            own = table.name == "audit_events" and {row["subject"][-32:], row["resource_id"][-32:]} <= self.bystanders
+            if own or (table.name == "audit_events" and row["outcome"] == AUDIT_OUTCOME_READ):
                 continue
             kept.add(f"{table.name} { {name: value for name, value in row.items() if name not in LOOPS_TOUCH} }")
         return kept
 
-    async def ask(self, method: MethodDescriptor, request: Request, metadata: Metadata, quiet_s: float = QUIET_S) -> Answer:
+    async def audit_rows(self, method: MethodDescriptor, request_id: str) -> list[dict[str, Any]]:
+        """What the audit log has of a call."""
+        service = f"{method.full_name.split('.')[1]}_svc"
+        table = BASES[service].metadata.tables["audit_events"]
+        async with self.engines[service].connect() as connection:
+            return [dict(row._mapping) for row in await connection.execute(sa.select(table).where(table.c.request_id == request_id))]
+
+    async def ask(
+        self, method: MethodDescriptor, request: Request, metadata: Metadata, quiet_s: float = QUIET_S, request_id: str = "tenancy"
+    ) -> Answer:
         """Calls an RPC; of a stream, only the first message counts."""
         path, raw = f"/{method.containing_service.full_name}/{method.name}", request.message.SerializeToString()
-        metadata = (*metadata, ("x-request-id", "tenancy"))
+        metadata = (*metadata, ("x-request-id", request_id))
+        # What ends by itself says at least that.
+        quiet_s = 20 if method.name.startswith("Export") else quiet_s
         kind = self.stack.channel.unary_stream if method.server_streaming else self.stack.channel.unary_unary
         call: Any = kind(path, lambda data: data, lambda data: data)(raw, metadata=metadata, timeout=20)
         try:
@@ -265,7 +356,7 @@ class Scene:
 async def scene_on(folder: Path, urls: dict[str, str], market_url: str) -> AsyncIterator[Scene]:
     """A scene on empty databases; running bots are looked at so seldom that no loop writes meanwhile."""
     options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market_url}, "watch_s": 3600, "poll_s": 0.3}
-    async with running(folder, urls, deployment=options) as stack:
+    async with running(folder, urls, deployment=options | {"audit_seal_s": 3600}, user={"audit_seal_s": 3600}) as stack:
         scene = Scene(stack)
         await scene.set_up()
         try:

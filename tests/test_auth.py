@@ -18,14 +18,14 @@ from clawplane.deployment.v1 import (
     usage_event_pb2,
     usage_service_pb2,
 )
-from clawplane.user.v1 import user_service_pb2
+from clawplane.user.v1 import claw_key_service_pb2, user_service_pb2
 from services.deployment_svc.claw_keys import repository as claw_keys
-from services.deployment_svc.deployments.models import Deployment
-from services.kit import ids, vault
+from services.deployment_svc.claw_keys.models import ClawKey
+from services.kit import ids, keys, vault
 from services.kit.db import ALL, Database
 from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
-from tests.harness import Metadata, Person, Stack
+from tests.harness import Metadata, Person, Stack, eventually
 
 LIST = deployment_service_pb2.ListDeploymentsRequest()
 
@@ -54,6 +54,7 @@ def forged(stack: Stack, **changes: Any) -> str:
     return jwt.encode({name: value for name, value in claims.items() if value is not None}, key, algorithm=algorithm)
 
 
+@pytest.mark.any_engine
 async def test_tokens_that_do_not_hold(stack: Stack, person: Person) -> None:
     now = int(time.time())
     assert (await code_of(stack.deployments.ListDeployments(LIST, metadata=bearer(forged(stack)))))[0] is grpc.StatusCode.OK
@@ -158,26 +159,52 @@ async def test_another_tenants_row_looks_like_none(stack: Stack, person: Person)
 
 async def test_claw_keys(stack: Stack, person: Person) -> None:
     d = await stack.order(person)
-    settings = KitSettings(**settings_for(stack.keys, "deployment_svc"))  # type: ignore[arg-type]
-    db, box = Database(stack.urls["deployment_svc"], settings, "test"), vault.open_box(settings)
-    async with db.transaction(ALL) as session:
-        key = claw_keys.mint(session, await session.get_one(Deployment, d.id), box, "test")
-    bot = bearer(key.text)
+    bot = await stack.claw_key(d)
+    await holds_as_a_bots(stack, d.id, bot)
+    end = claw_key_service_pb2.RevokeClawKeysRequest(key_id=ids.new("key"), deployment_id=d.id, org_id=d.org_id, user_id=d.user_id)
+    assert (await stack.claw_keys.RevokeClawKeys(end, metadata=stack.operator)).revoked == 1
+
+    async def refused() -> bool:
+        return (await code_of(stack.usage.RecordUsage(one_use(), metadata=bot)))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+    await eventually(refused, 1.5)
+
+
+def one_use() -> usage_service_pb2.RecordUsageRequest:
+    """The report of one call."""
     event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1)
-    record = usage_service_pb2.RecordUsageRequest(event=event)
-    assert (await code_of(stack.usage.RecordUsage(record, metadata=bot)))[0] is grpc.StatusCode.OK
+    return usage_service_pb2.RecordUsageRequest(event=event)
+
+
+async def holds_as_a_bots(stack: Stack, deployment_id: str, bot: Metadata) -> None:
+    """A bot's key may report usage, and nothing of its user's."""
+    assert (await stack.usage.RecordUsage(one_use(), metadata=bot)).event.deployment_id == deployment_id
     create = deployment_service_pb2.CreateDeploymentRequest(model="gpt-3.2", channel=deployment_pb2.CHANNEL_WEB)
+    get = deployment_service_pb2.GetDeploymentRequest(id=deployment_id)
     for call, permission in (
-        (stack.deployments.GetDeployment(deployment_service_pb2.GetDeploymentRequest(id=d.id), metadata=bot), "deployments.get"),
+        (stack.deployments.GetDeployment(get, metadata=bot), "deployments.get"),
         (stack.deployments.ListDeployments(LIST, metadata=bot), "deployments.list"),
         (stack.deployments.CreateDeployment(create, metadata=bot), "deployments.create"),
         (stack.payments.ListPayments(payment_service_pb2.ListPaymentsRequest(), metadata=bot), "payments.list"),
     ):
         code, text = await code_of(call)
         assert code is grpc.StatusCode.PERMISSION_DENIED and permission in text
-    typo = key.text[:-1] + ("0" if key.text[-1] != "0" else "1")
-    assert (await code_of(stack.usage.RecordUsage(record, metadata=bearer(typo))))[0] is grpc.StatusCode.UNAUTHENTICATED
+    typo = bot[0][1][:-1] + ("0" if bot[0][1][-1] != "0" else "1")
+    assert (await code_of(stack.usage.RecordUsage(one_use(), metadata=(("authorization", typo),))))[0] is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_keys_of_bots_that_were_started_before_hold_on(stack: Stack, person: Person) -> None:
+    d = await stack.order(person)
+    settings = KitSettings(**settings_for(stack.keys, "deployment_svc"))  # type: ignore[arg-type]
+    db, box = Database(stack.urls["deployment_svc"], settings, "test"), vault.open_box(settings)
+    key = keys.mint("claw", "test", "ckey")
     async with db.transaction(ALL) as session:
-        await claw_keys.revoke(session, d.id)
-    assert (await code_of(stack.usage.RecordUsage(record, metadata=bot)))[0] is grpc.StatusCode.UNAUTHENTICATED
+        session.add(ClawKey(id=key.id, org_id=d.org_id, deployment_id=d.id, user_id=d.user_id, digest=key.digest(box)))
+    await holds_as_a_bots(stack, d.id, bearer(key.text))
+    async with db.transaction(ALL) as session:
+        await claw_keys.revoke_old(session, d.id, but=key.id)
+    assert (await code_of(stack.usage.RecordUsage(one_use(), metadata=bearer(key.text))))[0] is grpc.StatusCode.OK
+    async with db.transaction(ALL) as session:
+        await claw_keys.revoke_old(session, d.id)
+    assert (await code_of(stack.usage.RecordUsage(one_use(), metadata=bearer(key.text))))[0] is grpc.StatusCode.UNAUTHENTICATED
     await db.close()

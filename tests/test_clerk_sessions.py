@@ -131,6 +131,7 @@ BAD: dict[str, Make] = {
 }
 
 
+@pytest.mark.any_engine
 async def test_what_does_not_hold_is_refused(signed_in: tuple[Stack, Clerk, str, user_pb2.User]) -> None:
     stack, clerk, sub, _ = signed_in
     assert await listed(stack, clerk.session(sub)) is grpc.StatusCode.OK
@@ -140,6 +141,7 @@ async def test_what_does_not_hold_is_refused(signed_in: tuple[Stack, Clerk, str,
     assert clerk.fetches <= 3
 
 
+@pytest.mark.any_engine
 @pytest.mark.parametrize("kid", ["one", "two"])
 async def test_a_rotated_key_is_fetched_once(signed_in: tuple[Stack, Clerk, str, user_pb2.User], kid: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stack, clerk, sub, _ = signed_in
@@ -152,6 +154,7 @@ async def test_a_rotated_key_is_fetched_once(signed_in: tuple[Stack, Clerk, str,
     assert await listed(stack, clerk.session(sub)) is grpc.StatusCode.OK and clerk.fetches == before + 1
 
 
+@pytest.mark.any_engine
 async def test_without_clerks_keys_it_is_unavailable(signed_in: tuple[Stack, Clerk, str, user_pb2.User]) -> None:
     stack, clerk, sub, _ = signed_in
     clerk.is_down = True

@@ -107,6 +107,7 @@ async def test_other_events_are_stored_as_ignored(stack: Stack) -> None:
 FOREIGN = f"whsec_{base64.b64encode(b'another key of thirty-two bytes!').decode()}"
 
 
+@pytest.mark.any_engine
 @pytest.mark.parametrize(
     "change",
     [

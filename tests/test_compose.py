@@ -44,6 +44,9 @@ def grpcurl(line: str, compose: Compose, variables: dict[str, str]) -> Any:
     where = ["--list-services", f"http://{target}"] if method == "list" else [f"http://{target}/{method}"]
     done = subprocess.run([BUF, "curl", *how, *options, *where], cwd=compose.folder, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, (line, done.stderr)
+    if "/Export" in method:
+        # One answer after the other.
+        return json.loads("[" + re.sub(r"}\s*{", "},{", done.stdout) + "]")
     return done.stdout.split() if method == "list" else json.loads(done.stdout)
 
 
@@ -82,7 +85,7 @@ def live_bot(compose: Compose) -> dict[str, str]:
         (event,) = [
             one for one in http.get("/v1/webhook-events", headers=operator).json()["events"] if (one["payload"] or {}).get("deploymentId") == d["id"]
         ]  # fmt: skip
-    return {"DEPLOYMENT": d["id"], "EVENT": event["id"], "EMAIL": user["email"], "USER_ID": user["id"]}
+    return {"DEPLOYMENT": d["id"], "EVENT": event["id"], "EMAIL": user["email"], "USER_ID": user["id"], "ORG_ID": user["personalOrgId"]}
 
 
 def every_line_of_the_guide_works(compose: Compose) -> None:
@@ -93,17 +96,32 @@ def every_line_of_the_guide_works(compose: Compose) -> None:
     assert len(lines) >= 15 and answers["GetDeployment"]["state"] == "STATE_ACTIVE"
     assert len(answers["ListDeploymentEvents"]["events"]) > 3 and answers["ReplayWebhookEvent"]["reason"] == "already started on this payment"
     assert answers["UpdateDeploymentStatus"]["state"] == "STATE_DEPLOYING" and answers["DeleteUser"]["deletedAt"]
+    assert len(answers["ExportAuditEvents"]) > 1 and {"actor", "method", "fields"} <= answers["ListAuditEvents"]["events"][0].keys()
     served = [grpcurl(line, compose, variables) for line in lines if line.endswith("list")]
     assert "clawplane.user.v1.UserService" in served[0] and "clawplane.deployment.v1.DeploymentService" in served[1]
+    for line in guide("clawplane audit"):
+        done = subprocess.run(compose.command(shlex.split(line)), env=compose.environment("migrate"), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0 and "intact" in done.stdout, done.stdout + done.stderr
     for line in guide("clawplane health"):
         assert subprocess.run(compose.command(shlex.split(line)), capture_output=True, timeout=20, check=False).returncode == 0, line
+    lines = guide("clawplane keys")
+    assert [line.split()[2] for line in lines] == ["status", "rotate", "rotate", "require"]
+    for line in lines:
+        done = subprocess.run(
+            compose.command(shlex.split(line)), env=compose.environment("migrate"), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, (line, done.stderr)
     wrong = compose.command(["clawplane", "health", "127.0.0.1:1"])
     assert subprocess.run(wrong, capture_output=True, timeout=20, check=False).returncode == 1
 
 
 WISHES = {
     f"CLAWPLANE_{name}"
-    for name in ("STRIPE_API_KEY", "POLAR_ACCESS_TOKEN", "POLAR_PRODUCT_ID", "POLAR_TIERS", "AKASH_API_KEY", "AKASH_BOT")
+    for name in (
+        "ENCRYPTION_KEY", "HMAC_KEY_ID", "HMAC_KEYS", "KEY_RING", "STRIPE_API_KEY", "POLAR_ACCESS_TOKEN", "POLAR_PRODUCT_ID", "POLAR_TIERS",
+        "AKASH_API_KEY", "AKASH_BOT", "MAIL_FROM", "SMTP_HOST", "SMTP_PORT", "SMTP_SECURITY", "SMTP_USERNAME", "SMTP_PASSWORD", "REDIS_URL",
+        "SESSION_IDLE_S",
+    )
 }
 """What a platform may set, and what is not there when it does not."""
 

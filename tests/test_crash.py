@@ -6,16 +6,18 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
 import pytest_asyncio
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
+from clawplane.user.v1 import api_key_service_pb2, api_key_service_pb2_grpc
 from services.deployment_svc.deployments.state import Step
 from tests.conftest import Databases
 from tests.harness import eventually
-from tests.processes import Client, Processes, market_env
+from tests.processes import OPTIONS, Client, Processes, market_env
 from tests.simulators.market import MarketSimulator
 
 # Each call that a step makes of the market; "skip" lets earlier calls of the same kind pass.
@@ -82,12 +84,33 @@ async def recovered(processes: Processes, market: MarketSimulator, step: Step, d
         if step is Step.CLOSE:
             await client.until(deployment_id, deployment_pb2.STATE_CLOSED)
             assert (await market.get("/_sim/running")).get(name, 0) == 0, (call, when)
+            assert not await valid_keys(processes, deployment_id), (call, when)
             return
         await client.until(deployment_id, deployment_pb2.STATE_ACTIVE)
         assert (await market.get("/_sim/running"))[name] == 1, (step, call, when)
         assert (await market.get("/_sim/peaks"))[name] == 1, (step, call, when)
         living = [order for order in await market.get("/_sim/orders") if order["name"] == name and order["state"] != "closed"]
         assert len(living) == 1, (step, call, when, living)
+        # The one key that holds is the one that the bot has.
+        assert await valid_keys(processes, deployment_id) == [living[0]["secrets"]["claw_key"].split("_")[2]], (step, call, when)
+
+
+async def valid_keys(processes: Processes, deployment_id: str) -> list[str]:
+    """The digits of the keys with which a bot of the deployment could call."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{processes.ports[0]}", options=OPTIONS) as channel:
+        request = api_key_service_pb2.ListApiKeysRequest(deployment_id=deployment_id, is_active=True)
+        found = await api_key_service_pb2_grpc.ApiKeyServiceStub(channel).ListApiKeys(request, metadata=processes.operator)
+    return [key.id.removeprefix("key_") for key in found.api_keys]
+
+
+async def test_the_user_service_dies_before_bots_have_their_keys(processes: Processes, market: MarketSimulator) -> None:
+    """Nothing starts without a key; and whatever was made of one meanwhile, one holds in the end, which the bot has."""
+    async with Client(processes) as client:
+        ordered = [await client.order(await processes.person()) for _ in range(3)]
+        await asyncio.gather(*(client.pay(d) for d in ordered))
+        await processes.kill_and_restart(0)
+    for d in ordered:
+        await recovered(processes, market, Step.CREATE, d.id, "mint", "killed")
 
 
 @pytest.mark.parametrize("when", [BEFORE, AFTER])

@@ -19,7 +19,7 @@ from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
 from clawplane.user.v1 import user_service_pb2
 from gateway.dashboard.chat import Chat, _is_inside, _Outside
 from gateway.dashboard.render import exact_money, relative, small_money
-from gateway.dashboard.sign_in import _own
+from gateway.dashboard.visit import own_path
 from services.deployment_svc.deployments.models import Deployment
 from services.kit import auth, keys
 from services.kit.columns import now
@@ -102,6 +102,7 @@ async def _is_away(browser: Window) -> bool:
     return (await browser.get("/dashboard")).status_code == 303
 
 
+@pytest.mark.any_engine
 @pytest.mark.parametrize("databases", ["sqlite"], indirect=True)
 async def test_over_tls_the_cookie_is_the_hosts_own(databases: Databases, tmp_path: Path) -> None:
     async with running(tmp_path, databases.make(), gateway={"public_url": "https://claws.example.com"}) as stack, window(stack) as browser:
@@ -111,8 +112,8 @@ async def test_over_tls_the_cookie_is_the_hosts_own(databases: Databases, tmp_pa
 
 @pytest.mark.parametrize("path", ["//evil.example", "https://evil.example", "/dashboard//evil.example", "/dashboardx", "/v1/users", "/dashboard\\evil", "/dashboard/\nx", ""])
 def test_signing_in_leads_nowhere_else(path: str) -> None:
-    assert _own(path) == "/dashboard"
-    assert _own("/dashboard/usage?days=7") == "/dashboard/usage?days=7"
+    assert own_path(path) == "/dashboard"
+    assert own_path("/dashboard/usage?days=7") == "/dashboard/usage?days=7"
 
 
 async def test_forms_of_others_do_nothing(stack: Stack) -> None:
@@ -168,6 +169,7 @@ def _bare(text: str, wanted: str) -> str:
     return re.sub(r"[0-9a-f]{12}-\d+", "", text.replace(wanted, ""))
 
 
+@pytest.mark.any_engine
 async def test_every_page_has_the_strict_policy(stack: Stack) -> None:
     async with signed_in(stack) as browser:
         for path in (*PAGES, "/sign-in?next=/dashboard", "/nothing", "/usage/nothing"):
@@ -235,6 +237,7 @@ async def test_events_come_as_a_stream(stack: Stack) -> None:
     assert '"state.deploying"' in seen and '"state.active"' in seen
 
 
+@pytest.mark.any_engine
 async def test_a_stream_without_its_visitor_is_refused_and_not_led_to_a_page(stack: Stack) -> None:
     """What follows events takes any 200 that is no stream for a defect of the server, as a sign-in page after a redirect."""
     person, browser = await customer(stack)
@@ -293,6 +296,7 @@ async def test_a_bot_may_answer_in_pieces() -> None:
     await chat.close()
 
 
+@pytest.mark.any_engine
 async def test_a_wrong_request_id_is_no_missing_deployment(stack: Stack) -> None:
     person, browser = await customer(stack)
     d = await stack.order(person)
@@ -311,6 +315,7 @@ async def test_names_of_the_own_network_resolve_to_nothing() -> None:
         await _Outside().resolve("localhost", 80, socket.AF_INET)
 
 
+@pytest.mark.any_engine
 async def test_a_service_that_is_away_is_said_so(databases: Databases, tmp_path: Path) -> None:
     async with running(tmp_path, databases.make(), gateway={"call_timeout_s": 0.5}) as stack:
         async with signed_in(stack) as browser:

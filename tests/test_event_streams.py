@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from clawplane.deployment.v1 import deployment_service_pb2 as rpc
 from clawplane.user.v1 import user_service_pb2
@@ -74,6 +75,7 @@ async def test_a_deployment_is_watched_and_resumed(stack: Stack, person: Person)
     assert again == known[1:]
 
 
+@pytest.mark.any_engine
 async def test_errors_come_as_a_status_and_later_as_an_event(stack: Stack, person: Person) -> None:
     unknown = await stack.http.get(f"/v1/deployments/{ids.new('dep')}:watch", headers=dict(person.metadata))
     assert (unknown.status_code, unknown.json()["error"]["status"]) == (404, "NOT_FOUND")

@@ -247,4 +247,4 @@ async def test_a_bot_chats_by_the_endpoint(models: Stack, caller: Person, upstre
         said = (await http.post(f"{d.provider_url}/chat", json={"message": "hello"})).json()
     assert said["reply"] == "word " * 50
     (event,) = await events(models, caller)
-    assert (event.deployment_id, event.tokens_out, event.api_key_id[:5]) == (d.id, 50, "ckey_")
+    assert (event.deployment_id, event.tokens_out, event.api_key_id[:4]) == (d.id, 50, "key_")

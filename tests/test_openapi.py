@@ -66,6 +66,7 @@ def test_limits_and_directions_are_in_it() -> None:
     assert found["paths"]["/v1/deployments/{id}:watch"]["get"]["responses"]["200"]["content"]["text/event-stream"]["x-event"]
 
 
+@pytest.mark.any_engine
 async def test_it_is_served_and_shown_without_anything_from_elsewhere(stack: Stack) -> None:
     answer = await stack.http.get("/openapi.json")
     assert answer.json() == document() and answer.headers["content-type"] == "application/json"

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2
+from clawplane.user.v1 import api_key_service_pb2
 from tests.harness import Person, Stack, eventually
 from tests.simulators.market import MarketSimulator
 
@@ -56,8 +57,13 @@ async def test_each_fault_that_passes_ends_with_one_bot(stack: Stack, calm: Mark
         (order,) = await living(calm, d)
         assert (order["id"], order["state"]) == (live.akash_deployment_id, "leased"), (call, kind)
         assert not live.error_message, (call, kind)
+        # Every key of a start that came to nothing has ended, and the bot's own holds.
+        listed = api_key_service_pb2.ListApiKeysRequest(deployment_id=d.id, is_active=True)
+        (key,) = (await stack.api_keys.ListApiKeys(listed, metadata=stack.operator)).api_keys
+        assert key.id[4:] == order["secrets"]["claw_key"].split("_")[2], (call, kind)
         await close(stack, d)
         assert not await living(calm, d), (call, kind)
+        assert not (await stack.api_keys.ListApiKeys(listed, metadata=stack.operator)).api_keys, (call, kind)
 
     await asyncio.gather(*(one(call, kind) for call, kind in ONCE))
 

@@ -33,6 +33,8 @@ def start(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
         (["serve", "deployment"], {"CLAWPLANE_PAYMENT_PROVIDER": "paypal-PLANTED"}, "CLAWPLANE_PAYMENT_PROVIDER"),
         (["serve", "user"], {"CLAWPLANE_POOL_SIZE": "PLANTED"}, "CLAWPLANE_POOL_SIZE"),
         (["serve", "user"], {"CLAWPLANE_TRANSPORT": "PLANTED"}, "CLAWPLANE_TRANSPORT"),
+        (["serve", "user"], {"CLAWPLANE_RATE_LIMIT": "PLANTED"}, "CLAWPLANE_RATE_LIMIT"),
+        (["serve", "user"], {"CLAWPLANE_REDIS_URL": "PLANTED"}, "CLAWPLANE_REDIS_URL"),
         (["serve", "deployment"], {"CLAWPLANE_HMAC_KEY": "PLANTED"}, "CLAWPLANE_HMAC_KEY"),
         (["serve", "deployment"], {"CLAWPLANE_ENVIRONMENT": "production", "CLAWPLANE_SANDBOX_ENABLED": "false"}, "CLAWPLANE_"),
     ],

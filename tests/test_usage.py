@@ -12,11 +12,8 @@ import sqlalchemy as sa
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
-from services.deployment_svc.claw_keys import repository as claw_keys
-from services.deployment_svc.deployments.models import Deployment
-from services.kit import ids, vault
-from services.kit.db import ALL, Database
-from services.kit.devkeys import settings_for
+from services.kit import ids
+from services.kit.db import Database
 from services.kit.settings import KitSettings
 from tests.harness import Metadata, Person, Stack
 
@@ -140,24 +137,13 @@ async def test_concurrent_batches_agree_with_their_sums(stack: Stack, person: Pe
     assert Decimal(found.total.cost) == sum(Decimal(row.cost) for row in found.sums)
 
 
-async def bots_key(stack: Stack, deployment_id: str) -> Metadata:
-    """Metadata with a fresh claw key of a deployment."""
-    settings = KitSettings(**settings_for(stack.keys, "deployment_svc"))  # type: ignore[arg-type]
-    db = Database(stack.urls["deployment_svc"], settings, "test")
-    async with db.transaction(ALL) as session:
-        d = await session.get_one(Deployment, deployment_id)
-        key = claw_keys.mint(session, d, vault.open_box(settings), "test")
-    await db.close()
-    return (("authorization", f"Bearer {key.text}"),)
-
-
 async def test_a_bot_reports_for_itself_alone(stack: Stack, person: Person) -> None:
     mine, other = await stack.order(person), await stack.person()
     foreign = await stack.order(other)
-    bot = await bots_key(stack, mine.id)
+    bot = await stack.claw_key(mine)
     answer = await record(stack, bot, event(deployment_id=foreign.id, org_id=other.org_id, user_id=other.user.id))
     assert (answer.event.deployment_id, answer.event.org_id, answer.event.user_id) == (mine.id, person.org_id, person.user.id)
-    assert answer.event.api_key_id.startswith("ckey_")
+    assert answer.event.api_key_id.startswith("key_")
     found = await total(stack, person.metadata, rpc.USAGE_GROUP_DEPLOYMENT)
     assert [row.deployment_id for row in found.sums] == [mine.id]
     assert (await total(stack, other.metadata)).total.events == 0

@@ -94,12 +94,15 @@ async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
 
 
 @on_a_server
-async def test_workers_run_on_the_transport_that_was_asked_for(processes: Processes) -> None:
+async def test_workers_run_on_the_transport_that_was_asked_for_and_share_the_rates(processes: Processes) -> None:
     async def loaded() -> bool:
         maps = [worker.memory_maps() for worker in workers_of(processes.running[1])]
         of_each = [any(f"/{library}." in mapped.path for mapped in one) for one in maps]
         return len(of_each) == WORKERS and all(of_each)
 
+    # Each counts its half of the rates, which is told once.
+    assert {worker.environ()["CLAWPLANE_WORKER_COUNT"] for worker in workers_of(processes.running[1])} == {str(WORKERS)}
+    assert (processes.folder / "deployment-1.log").read_text().count("limits.divided") == 1
     library = {"grpcio": "cygrpc", "native": "pygrpc_native/_native"}[TRANSPORT]
     assert await eventually(loaded, 40)
 
@@ -126,7 +129,11 @@ async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
     victim.kill()
 
     async def replaced() -> bool:
-        now = {worker.pid for worker in workers_of(processes.running[1])}
+        try:
+            now = {worker.pid for worker in workers_of(processes.running[1])}
+        except psutil.NoSuchProcess:
+            # It went while it was looked at.
+            return False
         return len(now) == WORKERS and victim.pid not in now
 
     await eventually(replaced, 30)

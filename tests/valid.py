@@ -17,7 +17,12 @@ from tests.test_contract import rule_of
 _PREFIX = re.compile(r"([a-z]+)_\[0-9a-f\]\{32\}")
 _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER, field_behavior_pb2.IMMUTABLE}
 _IGNORED_WHEN_EMPTY = 1
-LISTED = {"model": "gpt-3.2", "clawplane.deployment.v1.OpenModelCallRequest.provider": "openai"}
+LISTED = {
+    "model": "gpt-3.2", "clawplane.deployment.v1.OpenModelCallRequest.provider": "openai",
+    # An address that is nobody's: that of a member cannot be invited.
+    "clawplane.user.v1.CreateInvitationRequest.email": "nobody@elsewhere.example",
+    "clawplane.user.v1.ApiKey.permissions": "usage.read", "clawplane.user.v1.ApiKey.rate": "60/minute",
+}  # fmt: skip
 """What only a service's settings allow: no descriptor says it. By the name of a field, in one message or in all."""
 Values = Callable[[str], Sequence[Any]]
 """Field name -> what a field of this name may well hold: the values of rows that exist."""

@@ -58,6 +58,7 @@ async def index(visit: Visit) -> Response:
 
 async def new(visit: Visit, status: int = 200) -> Response:
     """The order form; what was sent stays in it, but for secrets."""
+    visit.need("deployments.create")
     catalog, limits, counted = await visit.calls(
         visit.call(visit.services.models.GetModelCatalog, model_call_service_pb2.GetModelCatalogRequest()),
         visit.call(visit.services.entitlements.GetEntitlements, entitlement_service_pb2.GetEntitlementsRequest()),
@@ -107,17 +108,25 @@ async def show(visit: Visit, status: int = 200, turns: "list[tuple[str, str]] | 
         raise _as_not_found(error) from None
     return render(
         "deployment.html", visit, status, page="deployments", d=d, events=list(happened.events)[::-1], later=happened.next_page_token,
-        usage=used, models=sorted({*catalog.models, d.model}), turns=turns or [], can=_can(d), request_id=uuid.uuid4(),
+        usage=used, models=sorted({*catalog.models, d.model}), turns=turns or [], can=_can(visit, d), request_id=uuid.uuid4(),
     )  # fmt: skip
 
 
-def _can(d: deployment_pb2.Deployment) -> set[str]:
-    """What the owner can do to a deployment as it is."""
+_NEEDS = {
+    "pay": "deployments.create", "retry": "deployments.update", "cancel": "deployments.close", "close": "deployments.close",
+    "delete": "deployments.close", "rotate": "deployments.update", "chat": "deployments.get",
+}  # fmt: skip
+"""What is to be done -> the permission that its call asks for."""
+
+
+def _can(visit: Visit, d: deployment_pb2.Deployment) -> set[str]:
+    """What the visitor can do to a deployment as it is."""
     state = deployment_pb2.State.Name(d.state).removeprefix("STATE_")
-    return {
+    found = {
         "PENDING": {"pay", "cancel"}, "DEPLOYING": {"cancel"}, "ACTIVE": {"chat", "rotate", "close"}, "SUSPENDED": {"close"},
         "FAILED": {"retry", "close"}, "EXPIRED": {"delete"}, "CANCELED": {"delete"}, "CLOSED": {"delete"},
     }.get(state, set())  # fmt: skip
+    return {action for action in found if visit.may(_NEEDS[action])}
 
 
 async def act(visit: Visit) -> Response:

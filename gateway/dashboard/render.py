@@ -14,8 +14,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from markupsafe import Markup
 from starlette.responses import Response
 
+from clawplane.audit.v1 import audit_event_pb2
 from clawplane.deployment.v1 import deployment_pb2, provider_pb2
-from clawplane.user.v1 import user_pb2
+from clawplane.user.v1 import invitation_pb2, organization_pb2, user_pb2
 from gateway.dashboard.visit import Visit
 from gateway.money import price
 
@@ -58,6 +59,33 @@ OUTCOMES = {
     provider_pb2.OUTCOME_KIND_READY: "Bring up",
     provider_pb2.OUTCOME_KIND_LOST: "Running",
 }
+ROLES = {
+    organization_pb2.ROLE_VIEWER: "Viewer",
+    organization_pb2.ROLE_DEVELOPER: "Developer",
+    organization_pb2.ROLE_ADMIN: "Admin",
+    organization_pb2.ROLE_OWNER: "Owner",
+}
+INVITATIONS = {
+    invitation_pb2.INVITATION_STATE_OPEN: ("busy", "Waits for an answer"),
+    invitation_pb2.INVITATION_STATE_ACCEPTED: ("good", "Accepted"),
+    invitation_pb2.INVITATION_STATE_DECLINED: ("", "Declined"),
+    invitation_pb2.INVITATION_STATE_REVOKED: ("", "Taken back"),
+    invitation_pb2.INVITATION_STATE_EXPIRED: ("", "Expired"),
+}
+AUDIT_OUTCOMES = {
+    audit_event_pb2.AUDIT_OUTCOME_DONE: ("good", "Done"),
+    audit_event_pb2.AUDIT_OUTCOME_READ: ("", "Read"),
+    audit_event_pb2.AUDIT_OUTCOME_REPEATED: ("", "Repeated"),
+}
+NAVIGATION = (
+    ("home", "Home", "/dashboard", ""),
+    ("deployments", "Deployments", "/dashboard/deployments", "deployments.list"),
+    ("usage", "Usage", "/dashboard/usage", "usage.read"),
+    ("keys", "API keys", "/dashboard/keys", "api_keys.list"),
+    ("organization", "Organization", "/dashboard/organization", "organizations.get"),
+    ("audit", "Audit log", "/dashboard/audit", "audit.list"),
+)
+"""(name of the page, title, address, permission without which it is not offered)."""
 
 
 def ago(stamp: Timestamp) -> Markup:
@@ -106,7 +134,12 @@ def count(number: int) -> str:
 def with_query(query: Mapping[str, str], **changes: Any) -> str:
     """A query with some of its values changed; empty ones are left out."""
     kept = {name: str(value) for name, value in {**query, **changes}.items() if value not in ("", None)}
-    return f"?{urlencode(kept)}" if kept else "?"
+    return f"?{urlencode(kept, safe='/')}" if kept else "?"
+
+
+def link(path: str, **query: Any) -> str:
+    """An address with what of the query is not empty."""
+    return path + with_query({}, **query).rstrip("?")
 
 
 def payload(message: Any) -> str:
@@ -131,8 +164,10 @@ def _environment() -> jinja2.Environment:
     )
     made.filters |= {"ago": ago, "count": count, "payload": payload, "capitalize_first": _capitalize_first}
     made.globals |= {
-        "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "STATES": STATES, "HEALTH": HEALTH,
-        "CHANNELS": CHANNELS, "OUTCOMES": OUTCOMES,
+        "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "link": link,
+        "STATES": STATES, "HEALTH": HEALTH,
+        "CHANNELS": CHANNELS, "OUTCOMES": OUTCOMES, "ROLES": ROLES, "INVITATIONS": INVITATIONS, "AUDIT_OUTCOMES": AUDIT_OUTCOMES,
+        "NAVIGATION": NAVIGATION, "Role": _numbers(organization_pb2.Role), "Invitation": _numbers(invitation_pb2.InvitationState),
         "State": _numbers(deployment_pb2.State), "Health": _numbers(provider_pb2.ProviderHealth),
         "SUBSCRIPTIONS": {number: name.replace("_", " ").lower() for name, number in _numbers(user_pb2.SubscriptionStatus).items()},
     }  # fmt: skip
@@ -154,6 +189,27 @@ NOTICES = {
     "admitted": "The provider may make offers again.",
     "replayed": "The event was applied again.",
     "signed-out": "You are signed out.",
+    "password-set": "The password is set. Every session has ended: sign in with the new one.",
+    "password-changed": "The password is changed. Your other sessions have ended.",
+    "session-ended": "The session has ended.",
+    "sessions-ended": "Your other sessions have ended.",
+    "account-deleted": "Your account is deleted. Whoever runs this platform can bring it back within 30 days.",
+    "organization-created": "The organization is yours. Invite whom you work with.",
+    "organization-back": "The organization is back, with its members. What it ran stays closed.",
+    "organization-deleted": "The organization is deleted. You are in your personal one now.",
+    "organization-gone": "The organization that you acted in is gone, or you are no member of it now. You are in your personal one.",
+    "left": "You have left the organization. You are in your personal one now.",
+    "member-role": "The role is changed, and counts at once.",
+    "member-remove": "The member is out, and every credential of his for this organization with him.",
+    "member-transfer": "The organization has a new owner. You are an admin of it now.",
+    "invited": "The invitation is on its way.",
+    "invitation-resend": "The invitation is on its way again. The one before no longer works.",
+    "invitation-revoke": "The invitation is taken back.",
+    "accepted": "Welcome. You act in this organization now; the menu at the top switches.",
+    "declined": "The invitation is declined.",
+    "key-activate": "The key is switched on.",
+    "key-deactivate": "The key is switched off, everywhere within a second.",
+    "key-revoke": "The key has ended, everywhere within a second.",
 }
 """What an address may ask a page to say."""
 

@@ -40,6 +40,7 @@ function makeCopiable(root) {
   for (const text of root.querySelectorAll("code[data-copy]")) {
     const button = document.createElement("button");
     button.type = "button";
+    button.id = text.id;
     button.className = text.classList.contains("line") ? "id line" : "id";
     button.textContent = text.textContent;
     button.title = "Copy";
@@ -66,7 +67,7 @@ if (live) follow(live.dataset.stream);
 // What is open closes with Escape, as people expect of anything that lies over a page.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
-  for (const open of document.querySelectorAll("details.ask[open]")) {
+  for (const open of document.querySelectorAll("details.ask[open], details.switch[open]")) {
     open.open = false;
     open.querySelector("summary").focus();
   }

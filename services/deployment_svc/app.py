@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from clawplane.deployment.v1 import (
+    audit_service_pb2_grpc,
     blacklist_service_pb2_grpc,
     deployment_service_pb2_grpc,
     model_call_service_pb2_grpc,
@@ -14,12 +15,15 @@ from clawplane.deployment.v1 import (
     usage_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
-from services.deployment_svc.base import AuditEvent, IdempotencyKey, SecretCanary
+from services.deployment_svc.audit.service import AuditService
+from services.deployment_svc.base import AuditEvent, AuditHead, IdempotencyKey, KeyHolder, SecretCanary
 from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.service import BlacklistService
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments import repository as deployments
+from services.deployment_svc.deployments import secrets
 from services.deployment_svc.deployments.create import Creator
+from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.deployments.orphans import Orphans
 from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
@@ -43,14 +47,16 @@ from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage.prices import PriceBook
 from services.deployment_svc.usage.service import UsageService
-from services.deployment_svc.users import PERMISSIONS, Users, entitlements_changed
+from services.deployment_svc.users import PERMISSIONS, Users, entitlements_changed, keys_changed
 from services.deployment_svc.webhooks.service import WebhookService
-from services.kit import clients, partitions, purge, vault
+from services.kit import audit_sealer, clients, idempotency, known_keys, partitions, purge, vault
 from services.kit.auth import Authenticator, TokenSigner
 from services.kit.call import Kit
 from services.kit.db import Database
 from services.kit.feed import Follower, Remembered, remembered_access, remembered_sessions
+from services.kit.holders import Holder
 from services.kit.loops import Loop
+from services.kit.sealed import Blind, Hashed, Sealed, Store
 from services.kit.server import App
 
 PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
@@ -58,11 +64,27 @@ PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
 KEPT = {IdempotencyKey: timedelta(0), BlacklistEntry: timedelta(days=90), ProviderOutcome: timedelta(0)}
 """How long rows stay after they have ended."""
 
+SEALED = [
+    Sealed(Deployment.channel_token_sealed, lambda row: secrets.place(row.id, "channel_token")),
+    Sealed(Deployment.channel_api_key_sealed, lambda row: secrets.place(row.id, "channel_api_key")),
+    Sealed(Deployment.manifest_sealed, lambda row: secrets.place(row.id, "manifest")),
+    Sealed(IdempotencyKey.answer_sealed, lambda row: idempotency.place(row.key)),
+]
+BLIND = [Blind(Deployment.fingerprint, Deployment.fingerprint_key_id, secrets.fingerprint_again)]
+HASHED: list[Hashed] = []
+"""What is under keys, so that a rotation finds it."""
+
+
+def store(settings: DeploymentSettings) -> Store:
+    """What `clawplane keys` works on."""
+    return Store(Database(settings.database_url, settings, "deployment_svc"), KeyHolder, SecretCanary, [*SEALED, *BLIND], HASHED)
+
 
 def create_app(settings: DeploymentSettings) -> App:
     """The table of contents of the deployment service."""
     db = Database(settings.database_url, settings, "deployment_svc")
     box = vault.open_box(settings)
+    holder = Holder(db, box, KeyHolder, SecretCanary)
     to_users = clients.channel(settings.user_target)
     users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
     follower = Follower(users.watch)
@@ -71,15 +93,17 @@ def create_app(settings: DeploymentSettings) -> App:
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)
     checker = PaymentChecker(links)
-    reconciler = Reconciler(Steps(db, settings, box, driver), lambda: provisioning.wake())  # noqa: PLW0108 - it is made below
+    reconciler = Reconciler(Steps(db, settings, box, driver, users), lambda: provisioning.wake())  # noqa: PLW0108 - it is made below
 
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
+    known, uses = known_keys.remembered_keys(follower, users.key, keys_changed), known_keys.Uses(users.keys_used)
+    of_bots = claw_keys.resolver(known, uses, claw_keys.old_resolver(db, box, access))
+    of_keys = {known_keys.PEOPLE: known_keys.resolver(known, uses), known_keys.BOTS: of_bots}
     kit = Kit(
         "deployment_svc", settings, db,
-        Authenticator(
-            settings, access, {claw_keys.PREFIX: claw_keys.resolver(db, box, access)}, remembered_sessions(follower, users.session)
-        ), AuditEvent, IdempotencyKey, box,
+        Authenticator(settings, access, of_keys, remembered_sessions(follower, users.session)), AuditEvent, IdempotencyKey, box,
     )  # fmt: skip
+    sealer = audit_sealer.of(kit, AuditHead)
     prices = PriceBook.load(settings.prices_file)
     model_calls = ModelCallService(db, settings, prices, entitlements)
     organizations = OrganizationReconciler(db, users, links, provisioning.wake)
@@ -96,6 +120,7 @@ def create_app(settings: DeploymentSettings) -> App:
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
             (provider_service_pb2_grpc.add_ProviderServiceServicer_to_server, ProviderService(settings)),
             (usage_service_pb2_grpc.add_UsageServiceServicer_to_server, UsageService(db, settings, prices)),
+            (audit_service_pb2_grpc.add_AuditServiceServicer_to_server, AuditService()),
             (model_call_service_pb2_grpc.add_ModelCallServiceServicer_to_server, model_calls),
             *(add_sandbox if settings.sandbox_enabled else []),
         ],
@@ -107,11 +132,11 @@ def create_app(settings: DeploymentSettings) -> App:
             Loop("orphans", Orphans(db, settings, driver).tick, settings.sweep_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
             Loop("model-calls", model_calls.settle_abandoned, min(10, settings.model_call_s / 10)),
-            partitions.keeper(db, PARTITIONED),
-            purge.purger(db, KEPT),
+            sealer.loop(), partitions.keeper(db, PARTITIONED), purge.purger(db, KEPT), idempotency.forgetter(db, IdempotencyKey),
+            Loop("key-uses", uses.flush, known_keys.FLUSH_S), holder.loop,
         ],
-        starters=[lambda: vault.check_keys(db, box, SecretCanary), lambda: partitions.ensure(db, PARTITIONED), follower.start],
-        closers=[follower.stop, reconciler.drain, driver.shutdown, to_users.close],
+        starters=[holder.join, lambda: partitions.ensure(db, PARTITIONED), sealer.adopt, follower.start],
+        closers=[follower.stop, reconciler.drain, sealer.finish, driver.shutdown, uses.flush_all, to_users.close, holder.leave],
     )
 
 

@@ -3,8 +3,9 @@
 from sqlalchemy import MetaData
 from sqlalchemy.orm import DeclarativeBase
 
-from services.kit.audit import AuditRow
+from services.kit.audit import OUTCOME, AuditHeadRow, AuditRow, indexes
 from services.kit.columns import NAMING
+from services.kit.holders import KeyHolderRow
 from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.inbox import WebhookEventRow
 from services.kit.vault import CanaryRow
@@ -20,13 +21,25 @@ class AuditEvent(AuditRow, Base):
     """Who did what to deployments and what belongs to them."""
 
     __tablename__ = "audit_events"
-    __table_args__ = {"postgresql_partition_by": "RANGE (created_at)"}
+    __table_args__ = (*indexes(), OUTCOME.check("outcome"), {"postgresql_partition_by": "RANGE (created_at)"})
+
+
+class AuditHead(AuditHeadRow, Base):
+    """Where the sealing of each organization's audit events has come to."""
+
+    __tablename__ = "audit_heads"
 
 
 class IdempotencyKey(IdempotencyKeyRow, Base):
     """Answers of calls that may be made again."""
 
     __tablename__ = "idempotency_keys"
+
+
+class KeyHolder(KeyHolderRow, Base):
+    """The processes that live, and the keys that each holds."""
+
+    __tablename__ = "key_holders"
 
 
 class WebhookEvent(WebhookEventRow, Base):

@@ -98,7 +98,7 @@ class Session:
     id: str
     user_id: str
     expires_at: float
-    """Seconds since 1970."""
+    """When it ends if it is not used any more, seconds since 1970."""
     fresh_until: float = 0.0
     """Until when the sign-in counts as fresh, seconds since 1970."""
 
@@ -229,7 +229,7 @@ class Authenticator:
             token = _Token(claims, f"{CLERK}{claims['sub']}", frozenset({EVERYTHING}), fresh_until(claims))
         else:
             claims = self._verify(text)
-            token = _Token(claims, str(claims.get("user", "")), frozenset(str(item) for item in claims["permissions"]))  # type: ignore[attr-defined]
+            token = _Token(claims, str(claims.get("user", "")), frozenset(claims["permissions"]))  # type: ignore[call-overload]
         if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
         self._checked[header] = token
@@ -245,12 +245,12 @@ class Authenticator:
                 token, key=key, algorithms=["EdDSA"], audience=AUDIENCE, leeway=_LEEWAY_S,
                 options={"require": ["exp", "iat", "iss", "aud", "sub"]},
             )  # fmt: skip
+            lifetime = float(claims["exp"]) - float(claims["iat"])  # type: ignore[arg-type]
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             # The last ones: whoever has no key can still send JSON that no parser likes.
             raise Unauthenticated() from None
-        lifetime = float(claims["exp"]) - float(claims["iat"])  # type: ignore[arg-type]
         permissions = claims.get("permissions")
-        if lifetime > MAX_LIFETIME_S or not isinstance(permissions, list):
+        if lifetime > MAX_LIFETIME_S or not isinstance(permissions, list) or not all(isinstance(one, str) for one in permissions):
             raise Unauthenticated()
         for name, prefix in (("user", "usr"), ("org", "org")):
             if name in claims and not _is_id(claims[name], prefix):

@@ -12,13 +12,17 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message_factory import GetMessageClass
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from clawplane.audit.v1.audit_event_pb2 import AuditOutcome
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, ids, telemetry
+from services.kit import errors, rates, telemetry
+from services.kit.audit import Log, Note, Trail
+from services.kit.audit_chain import Chain
 from services.kit.auth import Authenticator, Caller
 from services.kit.client import Client, client_of
 from services.kit.db import ALL, Database
-from services.kit.limits import RateLimit
+from services.kit.limits import Guesses, Limiter
+from services.kit.proto import any_field
 from services.kit.secrets import SecretBox
 from services.kit.settings import KitSettings
 
@@ -49,7 +53,9 @@ class Kit:
     streams: "set[asyncio.Task[Any]]" = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.limit = RateLimit(self.settings.rate_limit)
+        self.limiter = Limiter(self.settings, self.name)
+        self.guesses = Guesses()
+        self.audit = Log(self.audit_model, Chain.of(self.settings, self.name)) if self.audit_model is not None else None
         telemetry.IN_FLIGHT.labels(self.name).set_function(lambda: self.in_flight)
 
     async def caller(self, plan: "Plan", metadata: Mapping[str, str | bytes]) -> Caller:
@@ -71,6 +77,7 @@ class Plan:
     fresh: bool
     """Whether it asks for a fresh sign-in."""
     rate: str
+    """How often one caller may call it: "10/minute"; empty for no limit of its own."""
     request: Descriptor
     answer: Any
     """The class of the answer."""
@@ -88,24 +95,23 @@ class Plan:
         public = rule.audience == options_pb2.AUDIENCE_PUBLIC
         if rule.audience == options_pb2.AUDIENCE_UNSPECIFIED or public == bool(rule.permission):
             raise ValueError(f"{descriptor.full_name} has no complete rule (clawplane.options.v1.rule)")
+        if rule.rate:
+            try:
+                rates.parse(rule.rate)
+            except ValueError as error:
+                raise ValueError(f"{descriptor.full_name}: {error}") from None
         is_read = options.idempotency_level == _NO_SIDE_EFFECTS
+        secret = any_field(descriptor.output_type, lambda field: field.GetOptions().debug_redact)
         service = descriptor.containing_service
         return cls(
-            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read, not is_read and not rule.unaudited,
+            f"/{service.full_name}/{descriptor.name}", rule.permission, rule.audience, is_read,
+            (not is_read or secret or rule.audited) and not rule.unaudited,
             rule.fresh, rule.rate,
             descriptor.input_type, GetMessageClass(descriptor.output_type),
             not is_read and "request_id" in descriptor.input_type.fields_by_name,
-            _any_field(descriptor.output_type, lambda field: field.GetOptions().debug_redact, set()),
-            _any_field(descriptor.input_type, _has_rule, set()),
+            secret,
+            any_field(descriptor.input_type, _has_rule),
         )  # fmt: skip
-
-
-def _any_field(message: Descriptor, holds: Callable[[FieldDescriptor], bool], seen: set[str]) -> bool:
-    """Whether something holds for a field of the message, or of the messages in it."""
-    if message.full_name in seen:
-        return False
-    seen.add(message.full_name)
-    return any(holds(field) or (field.message_type is not None and _any_field(field.message_type, holds, seen)) for field in message.fields)
 
 
 def _has_rule(field: FieldDescriptor) -> bool:
@@ -120,16 +126,17 @@ def _has_rule(field: FieldDescriptor) -> bool:
 class Call:
     """One call, as a handler sees it."""
 
-    __slots__ = ("_audited", "_client", "_notes", "caller", "claim", "claimed", "context", "kit", "plan", "request_id")
+    __slots__ = ("_client", "_trail", "caller", "claim", "claimed", "context", "kit", "plan", "repeats", "request_id")
 
     def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
         self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
-        self._notes: dict[str, Any] = {}
-        self._audited = False
+        self._trail = Trail()
         self._client: Client | None = None
         self.claim: Callable[[str], Any] | None = None
         """Makes the row that claims the request id, from the resource's id."""
         self.claimed = False
+        self.repeats = False
+        """Whether the answer is the stored one of an earlier call."""
 
     @property
     def org_id(self) -> str:
@@ -150,17 +157,34 @@ class Call:
         return self._client
 
     def audit(
-        self, resource_id: str, *, org_id: str = "", before: Any = None, after: Any = None, project_id: str | None = None
+        self, resource_id: str, *, org_id: str = "", before: Any = None, after: Any = None, project_id: str | None = None, subject: str = ""
     ) -> None:
-        """What the audit row of this call says beside who and what. ``before`` and ``after`` must hold no secret."""
-        self._notes = {"resource_id": resource_id, "org_id": org_id, "before": before, "after": after, "project_id": project_id}
+        """What the audit row of this call says beside who and what. ``before`` and ``after`` must hold no secret (``audit.diff`` sees to
+        that). ``subject`` is for public RPCs: who the caller turned out to be."""
+        self._trail.own = Note(resource_id, org_id, before, after, project_id, subject)
+
+    def audit_elsewhere(self, org_id: str, resource_id: str, *, before: Any = None, after: Any = None) -> None:
+        """One more row, for another organization in which this unit of work changes something."""
+        self._trail.elsewhere.append(Note(resource_id, org_id, before, after))
+
+    @property
+    def owes_audit(self) -> bool:
+        """Whether the call is to be audited and nothing that it did has carried its row so far."""
+        return self.plan.audited and not self._trail.is_written
+
+    async def write_audit(self) -> None:
+        """The row of a call that wrote nothing else: of a read, or of a change that was made before."""
+        async with self.kit.db.transaction(ALL) as session:
+            await self._audit_into(session, [self._trail.own])
+        self._trail.is_written = True
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
         """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
+        self._trail.elsewhere.clear()
         async with self.kit.db.transaction(self.caller.tenant) as session:
             yield session
-            self._write_along(session)
+            await self._write_along(session)
         self._done()
 
     def sees(self, org_id: str) -> bool:
@@ -198,8 +222,9 @@ class Call:
         caller is known only once the work has found out; elsewhere it is the caller's."""
 
         async def audited(session: AsyncSession) -> Any:
+            self._trail.elsewhere.clear()
             result = await work(session)
-            self._write_along(session)
+            await self._write_along(session)
             return result
 
         result = await self.kit.db.run(audited, tenant or self.caller.tenant)
@@ -207,15 +232,22 @@ class Call:
         return result
 
     def _done(self) -> None:
-        self._audited = True
+        self._trail.is_written = True
+        self._trail.elsewhere.clear()
         self.claimed = self.claim is not None
 
-    def _write_along(self, session: AsyncSession) -> None:
-        """What the first transaction of a call carries beside its change: the audit row, and the claim of its request id."""
+    async def _write_along(self, session: AsyncSession) -> None:
+        """What a transaction of a call carries beside its change: the first one the audit row and the claim of the request id."""
+        trail = self._trail
         if self.claim is not None and not self.claimed:
-            session.add(self.claim(self._notes.get("resource_id", "")))
-        if not self.plan.audited or self._audited:
-            return
-        notes = {key: value for key, value in self._notes.items() if value not in (None, "")}
-        notes.setdefault("org_id", self.caller.org_id or ids.NO_ORG)
-        session.add(self.kit.audit_model(subject=self.caller.subject, method=self.plan.method, request_id=self.request_id, **notes))
+            session.add(self.claim(trail.own.resource_id))
+        notes = [trail.own, *trail.elsewhere] if self.owes_audit else trail.elsewhere
+        if notes:
+            await self._audit_into(session, notes)
+
+    async def _audit_into(self, session: AsyncSession, notes: list[Note]) -> None:
+        assert self.kit.audit is not None
+        outcome = AuditOutcome.AUDIT_OUTCOME_READ if self.plan.is_read else AuditOutcome.AUDIT_OUTCOME_DONE
+        common: dict[str, Any] = {"method": self.plan.method, "request_id": self.request_id, "ip": self.client.ip}
+        common["outcome"] = AuditOutcome.AUDIT_OUTCOME_REPEATED if self.repeats else outcome
+        await self.kit.audit.write(session, notes, self.caller, **common)

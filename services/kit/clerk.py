@@ -25,7 +25,7 @@ def fresh_until(claims: Mapping[str, Any]) -> float:
     """Until when a token's sign-in is fresh, by the minutes since Clerk last saw the first factor (fva); 0 when it does not say."""
     age = claims.get("fva")
     minutes = age[0] if isinstance(age, list) and age else None
-    return float(claims.get("iat", 0)) - minutes * 60 + _FRESH_S if isinstance(minutes, int) and minutes >= 0 else 0.0
+    return float(claims.get("iat", 0)) - minutes * 60 + _FRESH_S if isinstance(minutes, int) and 0 <= minutes < _FRESH_S // 60 else 0.0
 
 
 class ClerkVerifier:
@@ -77,6 +77,8 @@ class ClerkVerifier:
         allowed = self.settings.clerk_authorized_parties
         if allowed and claims.get("azp") not in allowed:
             raise jwt.InvalidTokenError("azp")
+        # Numbers that are no times: to find out is an error of the kinds above.
+        float(claims["exp"]), float(claims.get("iat", 0))
         if claims.get("sts") == "pending" or not isinstance(claims["sub"], str) or not claims["sub"].startswith("user_"):
             raise jwt.InvalidTokenError("sts or sub")
         return claims

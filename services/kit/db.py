@@ -186,6 +186,13 @@ def alone_sync(session: Session, what: str) -> None:
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
 
 
+async def alone_now(session: AsyncSession, what: str) -> bool:
+    """As ``alone``, without waiting: False when another process is past this point."""
+    if not is_postgres(session):
+        return True
+    return bool(await session.scalar(select(func.pg_try_advisory_xact_lock(func.hashtextextended(what, 0)))))
+
+
 def statement_name(statement: str) -> str:
     """A statement's verb and table, which is what may be logged: "SELECT deployments"."""
     found = re.search(r"\b(?:FROM|INTO|UPDATE|TABLE)\s+(?:ONLY\s+)?\"?(\w+)", statement, re.IGNORECASE)

@@ -93,6 +93,19 @@ class StepUpRequired(Error):
         super().__init__("this needs a fresh sign-in of a person: prove once more that it is you, then repeat it")
 
 
+class SignInFailed(Error):
+    """A proof of who somebody is does not hold. It says neither which part was wrong nor whether there is an account."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = ErrorReason.ERROR_REASON_SIGN_IN_FAILED
+
+    def __init__(self, *, signed_in: bool = False) -> None:
+        """``signed_in``: of a caller whose credential holds, which UNAUTHENTICATED would deny."""
+        super().__init__("this did not work: check what you sent; after several tries, wait a quarter of an hour")
+        if signed_in:
+            self.code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class NotFound(Error):
     """Does not exist, or is not the caller's: both look the same."""
 
@@ -104,13 +117,14 @@ class NotFound(Error):
 
 
 class AlreadyExists(Error):
-    """A unique value is taken."""
+    """A unique value is taken. ``metadata`` says what a client may need to go on."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
     reason = ErrorReason.ERROR_REASON_ALREADY_EXISTS
 
-    def __init__(self, field: str) -> None:
-        super().__init__(f"{field} is already taken", violations=[(field, "is already taken")], field=field)
+    def __init__(self, field: str, problem: str = "is already taken", **metadata: object) -> None:
+        super().__init__(f"{field} {problem}", violations=[(field, problem)], field=field)
+        self.metadata |= {key: str(value) for key, value in metadata.items()}
 
 
 class Conflict(Error):

@@ -1,6 +1,8 @@
 """Following the user service's changes, and what may be remembered while the feed is heard."""
 
 import asyncio
+import hashlib
+import math
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -8,13 +10,15 @@ from typing import Any, Generic, TypeVar
 import grpc
 import structlog
 
-from services.kit.auth import Access, AccessResolver, SessionResolver
+from services.kit.auth import Access, AccessResolver, Session, SessionResolver
 
 log = structlog.get_logger()
 V = TypeVar("V")
 
 _SILENCE_S = 1.0
 """A feed not heard of for so long may have been cut off: nothing remembered counts until it is heard again."""
+SEEN_S = 60.0
+"""How long a session may be remembered: the user service learns from being asked that it is in use."""
 _PAUSE_S = 0.2
 _LONG_S = 60.0
 _CACHE_SIZE = 10_000
@@ -84,38 +88,64 @@ class Remembered(Generic[V]):
 
     def __init__(
         self, follower: Follower, fetch: Callable[..., Awaitable[V]], concerns: Callable[[Any], list[str]],
-        tags: Callable[[V], Sequence[str]] = lambda value: (),
+        tags: Callable[[V], Sequence[str]] = lambda value: (), *, hidden: bool = False, most: int = _CACHE_SIZE,
+        max_age_s: float = math.inf,
     ) -> None:  # fmt: skip
         """``concerns(change)`` gives the tags of answers to drop; an answer's tags are its arguments and what ``tags(answer)`` adds.
-        That there is no answer (None) is not remembered."""
-        self._follower, self._fetch, self._tags = follower, fetch, tags
-        self._known: dict[tuple[str, ...], V] = {}
-        self._tagged: dict[str, set[tuple[str, ...]]] = {}
+        That there is no answer (None) is not remembered. ``hidden``: the one argument is a secret, of which only a hash is kept, and
+        which is no tag. ``most`` answers are kept, each for at most ``max_age_s``; then the oldest go."""
+        self._follower, self._fetch, self._tags, self._hidden = follower, fetch, tags, hidden
+        self._most, self._max_age_s = most, max_age_s
+        self._known: dict[Any, tuple[float, V]] = {}
+        self._tagged: dict[str, set[Any]] = {}
         self._generation = 0
         follower.listen(lambda change: self._drop(concerns(change)), self._clear)
+
+    def peek(self, *key: str) -> V | None:
+        """What is remembered for these arguments; None when nothing is, or may not be used now."""
+        known = self._known.get(self._name(key)) if self._follower.is_heard else None
+        return known[1] if known is not None and known[0] > time.monotonic() else None
 
     async def __call__(self, *key: str) -> V:
         """The answer for these arguments."""
         if not self._follower.is_heard:
             return await self._fetch(*key)
-        if key in self._known:
-            return self._known[key]
+        name = self._name(key)
+        known = self._known.get(name)
+        if known is not None and known[0] > time.monotonic():
+            return known[1]
         generation = self._generation
         value = await self._fetch(*key)
         # What was read while a change came in may be the state before it.
         if value is not None and generation == self._generation and self._follower.is_heard:
-            if len(self._known) >= _CACHE_SIZE:
-                self._clear()
-            self._known[key] = value
-            for tag in {*key, *self._tags(value)}:
-                self._tagged.setdefault(tag, set()).add(key)
+            if len(self._known) >= self._most:
+                self._forget(next(iter(self._known)))
+            self._forget(name)
+            self._known[name] = (time.monotonic() + self._max_age_s, value)
+            for tag in self._tags_of(name, value):
+                self._tagged.setdefault(tag, set()).add(name)
         return value
+
+    def _name(self, key: tuple[str, ...]) -> Any:
+        return hashlib.sha256(key[0].encode()).digest() if self._hidden else key
+
+    def _tags_of(self, name: Any, value: V) -> set[str]:
+        return {*(() if self._hidden else name), *self._tags(value)}
 
     def _drop(self, tags: list[str]) -> None:
         self._generation += 1
         for tag in tags:
-            for key in self._tagged.pop(tag, ()):
-                self._known.pop(key, None)
+            for name in tuple(self._tagged.get(tag, ())):
+                self._forget(name)
+
+    def _forget(self, name: Any) -> None:
+        if name not in self._known:
+            return
+        for tag in self._tags_of(name, self._known.pop(name)[1]):
+            left = self._tagged[tag]
+            left.discard(name)
+            if not left:
+                del self._tagged[tag]
 
     def _clear(self) -> None:
         self._generation += 1
@@ -129,8 +159,12 @@ def remembered_access(follower: Follower, resolve: AccessResolver) -> AccessReso
 
 
 def remembered_sessions(follower: Follower, resolve: SessionResolver) -> SessionResolver:
-    """The same for sessions; what their user may do is asked apart."""
-    return Remembered(follower, resolve, lambda change: [change.subject], lambda session: [session.id] if session is not None else [])
+    """The same for sessions; what their user may do is asked apart. Asked again each minute: that says that a session is in use."""
+
+    def tags(session: Session | None) -> list[str]:
+        return [session.id] if session is not None else []
+
+    return Remembered(follower, resolve, lambda change: [change.subject], tags, hidden=True, max_age_s=SEEN_S)
 
 
 def _whose_access(change: Any) -> list[str]:

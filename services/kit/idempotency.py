@@ -1,7 +1,7 @@
 """``request_id``: the same call, made again, gets the stored answer instead of doing the work again (AIP-155).
 
 The key is claimed in the transaction that carries the change, so that work is never done twice, whatever dies in between; the answer is
-added to it afterwards.
+added to it afterwards. An answer that holds a secret is kept for minutes only, its claim as long as any: the work is not done again.
 """
 
 import asyncio
@@ -12,17 +12,19 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from google.protobuf.message import Message
-from sqlalchemy import LargeBinary, String, Text, delete, update
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import Index, LargeBinary, String, Text, delete, text, update
+from sqlalchemy.orm import Mapped, declared_attr, mapped_column
 
 from services.kit.call import Call
 from services.kit.columns import Timestamps, UtcDateTime, now
-from services.kit.db import ALL
-from services.kit.errors import Conflict, InvalidArgument
+from services.kit.db import ALL, Database
+from services.kit.errors import Conflict, InvalidArgument, InvalidState
+from services.kit.loops import Loop
 
 FIELD = "request_id"
 _KEPT, _SECRET_KEPT = timedelta(hours=24), timedelta(minutes=10)
 _WAIT_S, _POLL_S = 5.0, 0.05
+_SEALED = text("answer_sealed IS NOT NULL")
 
 
 class IdempotencyKeyRow(Timestamps):
@@ -38,6 +40,10 @@ class IdempotencyKeyRow(Timestamps):
     """An answer that holds a secret."""
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
+    @declared_attr.directive
+    def __table_args__(cls) -> tuple[Any, ...]:
+        return (Index("ix_idempotency_keys__sealed", "created_at", postgresql_where=_SEALED, sqlite_where=_SEALED),)
+
 
 async def once(call: Call, request: Message, handler: Any) -> Message:
     """The answer of the call, from the handler or from the call before it."""
@@ -48,8 +54,7 @@ async def once(call: Call, request: Message, handler: Any) -> Message:
     if known is not None:
         # Its time is over, and the purge has not come by yet.
         await _forget(call, key)
-    keep = _SECRET_KEPT if call.plan.answer_is_secret else _KEPT
-    call.claim = lambda resource_id: call.kit.answers(key=key, request=body, resource_id=resource_id, expires_at=now() + keep)
+    call.claim = lambda resource_id: call.kit.answers(key=key, request=body, resource_id=resource_id, expires_at=now() + _KEPT)
     try:
         answer: Message = await handler(request, call)
     except Exception:
@@ -85,8 +90,13 @@ async def _forget(call: Call, key: bytes) -> None:
 
 async def _repeat(call: Call, row: Any, body: bytes) -> Message:
     """The stored answer. A call that is still being answered is waited for."""
+    call.repeats, call.claim = True, None
+    call.audit(row.resource_id)
     if row.request != body:
         raise InvalidArgument(FIELD, "was used before for another request")
+    if call.plan.answer_is_secret and row.created_at + _SECRET_KEPT <= now():
+        what = f": it was about {row.resource_id}" if row.resource_id else ""
+        raise InvalidState(f"the call with this request_id was done, and its answer held a secret that is kept no more{what}", state="done")
     deadline = time.monotonic() + _WAIT_S
     while row.answer is None and row.answer_sealed is None:
         if time.monotonic() > deadline:
@@ -96,7 +106,7 @@ async def _repeat(call: Call, row: Any, body: bytes) -> Message:
         row = await _find(call, row.key)
         if row is None:
             raise Conflict("the call with this request_id failed meanwhile; try again", retry_after_s=0.1)
-    raw = row.answer if row.answer is not None else base64.b64decode(_box(call).open(row.answer_sealed, _place(row.key)))
+    raw = row.answer if row.answer is not None else base64.b64decode(_box(call).open(row.answer_sealed, place(row.key)))
     return call.plan.answer.FromString(raw)  # type: ignore[no-any-return]
 
 
@@ -104,13 +114,26 @@ def _stored(call: Call, key: bytes, answer: Message) -> dict[str, Any]:
     raw = answer.SerializeToString()
     if not call.plan.answer_is_secret:
         return {"answer": raw}
-    return {"answer_sealed": _box(call).seal(base64.b64encode(raw).decode(), _place(key))}
+    return {"answer_sealed": _box(call).seal(base64.b64encode(raw).decode(), place(key))}
 
 
-def _place(key: bytes) -> str:
+def place(key: bytes) -> str:
+    """What a sealed answer is bound to."""
     return f"idempotency_keys/answer/{key.hex()}"
 
 
 def _box(call: Call) -> Any:
     assert call.kit.box is not None  # or the RPC would not have been registered
     return call.kit.box
+
+
+def forgetter(db: Database, model: Any, every_s: float = 30) -> Loop:
+    """The loop that takes secrets out of stored answers once they are kept no more; the claims stay."""
+
+    async def tick() -> bool:
+        old = (model.answer_sealed.is_not(None), model.created_at < now() - _SECRET_KEPT)
+        async with db.transaction(ALL) as session:
+            await session.execute(update(model).where(*old).values(answer_sealed=None).execution_options(synchronize_session=False))
+        return False
+
+    return Loop("forget-secrets", tick, every_s)

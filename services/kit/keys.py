@@ -17,7 +17,7 @@ _CHECK = 6
 
 @dataclass(frozen=True)
 class Key:
-    """A parsed key: ``claw_live_<id>_<secret>_<checksum>``."""
+    """A parsed key: ``cp_live_<id>_<secret>_<checksum>``."""
 
     prefix: str
     environment: str
@@ -28,9 +28,9 @@ class Key:
     def __repr__(self) -> str:
         return f"Key({self.prefix}_{self.environment}_{self.id[-32:]}_...)"
 
-    def digest(self, box: SecretBox) -> bytes:
-        """What is stored: a keyed hash over the whole text."""
-        return box.digest(f"key/{self.prefix}", self.text)
+    def digest(self, box: SecretBox, key_id: str | None = None) -> bytes:
+        """What is stored: a keyed hash over the whole text, under an HMAC key; None means the current one."""
+        return box.digest(f"key/{self.prefix}", self.text, key_id=key_id)
 
     def sha256(self) -> bytes:
         """A plain hash, for keys of our own making that live shortly: nobody guesses 256 random bits."""
@@ -40,14 +40,16 @@ class Key:
         """Compares with a stored plain hash in constant time."""
         return hmac.compare_digest(self.sha256(), stored)
 
-    def matches(self, box: SecretBox, stored: bytes) -> bool:
-        """Compares with a stored digest in constant time."""
-        return hmac.compare_digest(self.digest(box), stored)
+    def matches(self, box: SecretBox, stored: bytes, key_id: str | None = None) -> bool:
+        """Compares with a stored digest in constant time. ``key_id``: of the HMAC key that it was made with, else nothing fits."""
+        if key_id is not None and not box.knows_hmac_key(key_id):
+            return False
+        return hmac.compare_digest(self.digest(box, key_id), stored)
 
 
-def mint(prefix: str, environment: str, id_prefix: str) -> Key:
-    """A new key with 256 random bits."""
-    row = ids.uuid7()
+def mint(prefix: str, environment: str, id_prefix: str, row_id: str = "") -> Key:
+    """A new key with 256 random bits; another text of the key ``row_id`` when that is given."""
+    row = ids.to_uuid(row_id, id_prefix) if row_id else ids.uuid7()
     secret = "".join(random.choice(_ALPHABET) for _ in range(_SECRET))
     body = f"{prefix}_{environment}_{row.hex}_{secret}"
     return Key(prefix, environment, f"{id_prefix}_{row.hex}", f"{body}_{_checksum(body)}")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from google.api import field_behavior_pb2
 from google.protobuf import struct_pb2, timestamp_pb2
-from google.protobuf.descriptor import Descriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
@@ -91,11 +91,12 @@ def assign(row: Any, message: Message, mask: FieldMask | None = None) -> list[st
         if path == "etag" or _NOT_WRITABLE & behaviour:
             continue
         value = _python(message, descriptor.fields_by_name[path])
+        attribute = f"{path}_" if hasattr(row, f"{path}_") else path
         if mask is not None and field_behavior_pb2.IMMUTABLE in behaviour:
-            if value != getattr(row, path):
+            if value != getattr(row, attribute):
                 raise InvalidArgument("update_mask", f"{path} cannot be changed")
             continue
-        setattr(row, path, value)
+        setattr(row, attribute, value)
         written.append(path)
     return written
 
@@ -126,3 +127,12 @@ def _python(message: Message, field: Any) -> Any:
 def to_datetime(value: timestamp_pb2.Timestamp) -> datetime:
     """A protobuf time as aware UTC."""
     return value.ToDatetime(tzinfo=UTC)
+
+
+def any_field(message: Descriptor, holds: Callable[[FieldDescriptor], bool], seen: set[str] | None = None) -> bool:
+    """Whether something holds for a field of the message, or of the messages in it."""
+    seen = set() if seen is None else seen
+    if message.full_name in seen:
+        return False
+    seen.add(message.full_name)
+    return any(holds(field) or (field.message_type is not None and any_field(field.message_type, holds, seen)) for field in message.fields)

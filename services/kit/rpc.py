@@ -4,120 +4,133 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 from typing import Any, TypeAlias
 
 import grpc
-import protovalidate
 import structlog
 from google.protobuf import descriptor_pool
-from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from clawplane.errors.v1.errors_pb2 import ErrorReason
 from clawplane.options.v1 import options_pb2
-from services.kit import errors, idempotency, telemetry, texts
+from services.kit import errors, idempotency, rates, telemetry
 from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
+from services.kit.client import client_of
+from services.kit.intake import Intake
+from services.kit.table import Handler, Table
 
 log = structlog.get_logger()
+_DOTS_OF_TOKEN = 2
 _PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
-Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Metadata: TypeAlias = "Mapping[str, str | bytes]"
 
 
 class Registrar:
-    """Stands in for a server in ``add_XServicer_to_server`` and registers every handler wrapped."""
+    """Stands in for a server in ``add_XServicer_to_server`` and puts every handler, wrapped, into the table of methods."""
 
-    def __init__(self, server: grpc.aio.Server, kit: Kit) -> None:
-        self.server, self.kit = server, kit
+    def __init__(self, table: Table, kit: Kit) -> None:
+        self.table, self.kit = table, kit
         self.services: list[str] = []
 
     def add_generic_rpc_handlers(self, handlers: Any) -> None:
         """The generated code calls this first; the wrapped handlers follow in the other call."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Handler]) -> None:
-        """Wraps and registers."""
+        """Wraps and adds."""
         descriptor = descriptor_pool.Default().FindServiceByName(service)
         wrapped = {name: wrap(handler, Plan.of(descriptor.methods_by_name[name]), self.kit) for name, handler in handlers.items()}
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, wrapped),))
-        self.server.add_registered_method_handlers(service, wrapped)
+        self.table.add_registered_method_handlers(service, wrapped)
         self.services.append(service)
-
-
-@dataclass(frozen=True)
-class _Malformed:
-    """Stands for a request that cannot be taken as it is, until the wrapper can answer properly."""
-
-    field: str
-    problem: str
 
 
 def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     """The handler with everything that each RPC needs around it."""
     if plan.takes_request_id and (kit.answers is None or (plan.answer_is_secret and kit.box is None)):
         raise ValueError(f"{plan.method} takes a request_id, but {kit.name} has no table of answers, or no box for secret ones")
-    deserialize, kind = handler.request_deserializer, plan.request
-    assert deserialize is not None
-
-    def tolerant(raw: bytes) -> Any:
-        try:
-            request = deserialize(raw)
-        except (DecodeError, UnicodeDecodeError):
-            field = texts.field_not_utf8(raw, kind)
-            return _Malformed(field, "is not valid UTF-8") if field else _Malformed("", "the request is not valid protobuf")
-        # Few requests hold the byte at all, so few are searched for it.
-        field = texts.field_with_nul(request) if b"\0" in raw else ""
-        return _Malformed(field, "must not hold the character U+0000") if field else request
-
+    if plan.rate:
+        plan = replace(plan, rate=rates.times(plan.rate, kit.settings.method_rates_factor))
+    assert handler.request_deserializer is not None
+    intake = Intake(plan, handler.request_deserializer)
+    # No deserializer: what strangers send is not even decoded.
     if handler.unary_unary is not None:
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, kit), tolerant, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, intake, kit), None, handler.response_serializer)
     if handler.unary_stream is not None:
-        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, plan, kit), tolerant, handler.response_serializer)
+        return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, plan, intake, kit), None, handler.response_serializer)
     raise ValueError(f"{plan.method}: streams of requests are not supported; take a repeated field")
 
 
-async def _guard(kit: Kit, plan: Plan, request: Any, context: Any, metadata: Metadata, request_id: str) -> Call:
-    """Everything that must hold before a handler runs, in order."""
+async def _guard(kit: Kit, plan: Plan, context: Any, metadata: Metadata, request_id: str) -> Call:
+    """Everything that must hold before a request is looked at, in order."""
     if kit.turns_away:
         raise _stopping()
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
-    public = plan.audience == options_pb2.AUDIENCE_PUBLIC
-    caller = PUBLIC if public else await kit.caller(plan, metadata)
-    call = Call(kit, plan, caller, request_id, context)
-    if not public:
+    if plan.audience == options_pb2.AUDIENCE_PUBLIC:
+        call = Call(kit, plan, PUBLIC, request_id, context)
+    else:
+        call = Call(kit, plan, await _caller(kit, plan, context, metadata), request_id, context)
         call.permit()
-        if not caller.is_platform and (wait_s := kit.limit.hit(caller.subject)):
-            raise errors.Exhausted("too many calls", retry_after_s=max(0.1, wait_s))
-    if isinstance(request, _Malformed):
-        raise errors.InvalidArgument(request.field, request.problem)
-    if plan.has_rules and (violations := protovalidate.collect_violations(request)):
-        raise errors.InvalidFields([violation(item) for item in violations])
+    for subject, rate in _counted(call):
+        wait_s = kit.limiter.hit_here(subject, rate) if kit.limiter.shared is None else await kit.limiter.hit(subject, rate)
+        if wait_s:
+            raise _too_many("calls", wait_s, rate)
     return call
 
 
-def violation(found: Any) -> errors.Violation:
-    """A broken rule as (field path, what is wrong)."""
-    proto = found.proto
-    path = "".join(
-        f".{element.field_name}" + (f"[{element.subscript.value}]" if element.subscript is not None else "")
-        for element in (proto.field.elements if proto.field is not None else ())
-    ).lstrip(".")
-    message = proto.message or proto.rule_id
-    if not path and ": " in message:
-        # Rules over a whole message name the field they are about in their text.
-        path, _, message = message.partition(": ")
-    return path, message
+async def _caller(kit: Kit, plan: Plan, context: Any, metadata: Metadata) -> Caller:
+    """Who calls. A network that sends too many credentials that do not hold may for a while only use those that have held before."""
+
+    def network() -> str:
+        return client_of(context.peer() or "", metadata, kit.authenticator).network
+
+    rate, credential = kit.settings.failed_rate_limit, metadata.get("authorization", "")
+    # Nobody guesses a signature: a signed token is always looked at, so that no network keeps our own processes out.
+    signed = isinstance(credential, str) and credential.count(".") == _DOTS_OF_TOKEN
+    if not signed and (wait_s := kit.guesses.wait_s(credential, network)):
+        raise _too_many("credentials that do not hold", wait_s, rate)
+    try:
+        caller = await kit.caller(plan, metadata)
+    except errors.Unauthenticated:
+        if credential and (wait_s := await kit.limiter.hit(f"{'token' if signed else 'guess'}:{network()}", rate)):
+            if signed:
+                raise _too_many("tokens that do not hold", wait_s, rate) from None
+            kit.guesses.refuse(network(), wait_s)
+        raise
+    if not signed:
+        kit.guesses.held(credential)
+    return caller
 
 
-def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
+def _counted(call: Call) -> Iterator[tuple[str, str]]:
+    """What a call counts for, as (subject, rate). The platform's own calls are made for everybody, so nobody's rate is theirs."""
+    plan, caller = call.plan, call.caller
+    if caller.is_platform:
+        return
+    if caller is PUBLIC:
+        subject = f"network:{call.client.network}"
+        yield subject, call.kit.settings.public_rate_limit
+    else:
+        subject = caller.subject
+        yield subject, call.kit.settings.rate_limit
+        if caller.rate:
+            yield f"key:{caller.key_id}", caller.rate
+    if plan.rate:
+        yield f"{plan.method}:{subject}", plan.rate
+
+
+def _too_many(what: str, wait_s: float, rate: str) -> errors.Error:
+    return errors.Exhausted(f"too many {what}; the limit is {rate}", retry_after_s=max(0.1, wait_s), limit=rate)
+
+
+def _unary(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
     meter = telemetry.meter(plan.method)
 
-    async def unary(request: Message, context: Any) -> Any:
+    async def unary(raw: bytes, context: Any) -> Any:
         started = time.perf_counter()
         # gRPC makes it anew at each asking.
         metadata = dict(context.invocation_metadata() or ())
@@ -127,10 +140,13 @@ def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
         failure: errors.Error | None = None
         caller: Caller | None = None
         try:
-            call = await _guard(kit, plan, request, context, metadata, request_id)
+            call = await _guard(kit, plan, context, metadata, request_id)
             caller = call.caller
-            repeatable = plan.takes_request_id and request.request_id  # type: ignore[attr-defined]
+            request = intake.take(raw)
+            repeatable = plan.takes_request_id and request.request_id
             response = await (idempotency.once(call, request, handler) if repeatable else handler(request, call))
+            if call.owes_audit:
+                await call.write_audit()
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
@@ -152,10 +168,10 @@ def _unary(handler: Any, plan: Plan, kit: Kit) -> Any:
     return unary
 
 
-def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
+def _stream(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
     meter = telemetry.meter(plan.method)
 
-    async def stream(request: Message, context: Any) -> AsyncIterator[Any]:
+    async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
         started = time.perf_counter()
         # gRPC makes it anew at each asking.
         metadata = dict(context.invocation_metadata() or ())
@@ -166,11 +182,16 @@ def _stream(handler: Any, plan: Plan, kit: Kit) -> Any:
         assert task is not None
         kit.streams.add(task)
         try:
-            call = await _guard(kit, plan, request, context, metadata, request_id)
+            call = await _guard(kit, plan, context, metadata, request_id)
             caller = call.caller
+            request = intake.take(raw)
             async with aclosing(handler(request, call)) as messages:
                 async for message in messages:
+                    if call.owes_audit:
+                        await call.write_audit()
                     yield message
+            if call.owes_audit:
+                await call.write_audit()
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 from services.kit.call import Kit
 from services.kit.loops import Loop
 from services.kit.rpc import Registrar
+from services.kit.table import Table
 
 log = structlog.get_logger()
 
@@ -74,15 +75,17 @@ class Server:
         self._native = transport == "native"
         self.server = _make(transport, max(app.kit.settings.max_message_bytes for app in apps), bool(tls))
         self.health = health.aio.HealthServicer()
+        self.table = Table()
         names = [health.SERVICE_NAME, reflection.SERVICE_NAME, "grpc.reflection.v1.ServerReflection"]
         for app in apps:
-            registrar = Registrar(self.server, app.kit)
+            registrar = Registrar(self.table, app.kit)
             for add, servicer in app.services:
                 add(servicer, registrar)
             names += registrar.services
         self.names = names
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.table)  # type: ignore[arg-type]
         self._add_reflection()
+        self.table.serve(self.server, registered=self._native)
         address = f"{host}:{port}"
         if tls:
             key, certificate = (path.read_bytes() for path in tls)
@@ -92,16 +95,14 @@ class Server:
 
     def _add_reflection(self) -> None:
         servicer = reflection.aio.ReflectionServicer(self.names)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.server)  # type: ignore[no-untyped-call]
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, self.table)  # type: ignore[no-untyped-call]
         # grpcio-reflection knows v1alpha only; v1 has the same messages under another name.
         handler = grpc.stream_stream_rpc_method_handler(
             servicer.ServerReflectionInfo,
             request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
             response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
         )
-        self.server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler}),)
-        )
+        self.table.add_registered_method_handlers("grpc.reflection.v1.ServerReflection", {"ServerReflectionInfo": handler})
 
     async def start(self) -> None:
         """Databases first, then the port, then the loops, then SERVING."""
@@ -140,6 +141,7 @@ class Server:
         for app in self.apps:
             for close in app.closers:
                 await close()
+            await app.kit.limiter.close()
             await app.kit.db.close()
         log.info("server.stopped")
 

@@ -21,6 +21,7 @@ IN_FLIGHT = Gauge("clawplane_rpc_in_flight", "Unary RPCs being handled", ["servi
 POOL_WAITING = Gauge("clawplane_db_pool_waiting", "Units of work that wait for a connection", ["database"])
 POOL_TIMEOUTS = Counter("clawplane_db_pool_timeouts_total", "Waits for a connection that were given up", ["database"])
 DB_RETRIES = Counter("clawplane_db_retries_total", "Units of work repeated after a clash", ["database"])
+UNCOUNTED = Counter("clawplane_rate_limits_uncounted_total", "Calls let in because Redis did not count them", ["service"])
 LOOP_RUNS = Counter("clawplane_loop_runs_total", "Runs of background loops", ["loop", "outcome"])
 
 _pools: dict[str, AsyncEngine] = {}

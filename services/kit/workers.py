@@ -14,7 +14,7 @@ import structlog
 
 log = structlog.get_logger()
 
-_NUMBER, _READY = "CLAWPLANE_WORKER", "CLAWPLANE_WORKER_READY_FD"
+_NUMBER, _COUNT, _READY = "CLAWPLANE_WORKER", "CLAWPLANE_WORKER_COUNT", "CLAWPLANE_WORKER_READY_FD"
 _START_S = 60.0
 _PAUSE_S, _MAX_PAUSE_S = 0.2, 10.0
 
@@ -23,6 +23,11 @@ def number() -> int | None:
     """Which worker this process is, from 0; None when it is alone."""
     text = os.environ.get(_NUMBER)
     return int(text) if text else None
+
+
+def count() -> int:
+    """How many workers there are of this process's kind; 1 when it is alone."""
+    return int(os.environ.get(_COUNT, "1"))
 
 
 def report_ready(stop: Callable[[], None]) -> None:
@@ -73,7 +78,7 @@ class Supervisor:
     async def _start(self, index: int) -> asyncio.subprocess.Process | None:
         """A worker that serves; None when it did not come up."""
         reader, writer = os.pipe()
-        env = os.environ | {_NUMBER: str(index), _READY: str(writer)}
+        env = os.environ | {_NUMBER: str(index), _COUNT: str(self.count), _READY: str(writer)}
         worker = await asyncio.create_subprocess_exec(
             *self.command, env=env, pass_fds=[writer], stdin=asyncio.subprocess.PIPE, start_new_session=True
         )

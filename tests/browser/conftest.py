@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import pytest_asyncio
 from clawplane.user.v1 import user_service_pb2
 from tests.browser import history
 from tests.harness import Person, Stack, running
+from tests.simulators.oauth import OAuthSimulator
 
 # The other tests need no driver of browsers, and must not fail for the lack of one.
-collect_ignore = [] if importlib.util.find_spec("playwright") or os.environ.get("BROWSER_REQUIRED") else ["test_browser.py"]
+collect_ignore = [] if importlib.util.find_spec("playwright") or os.environ.get("BROWSER_REQUIRED") else ["test_browser.py", "test_identity.py"]
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 380, "height": 800}
 
@@ -35,9 +36,11 @@ class Browser:
 
     chromium: Any
     complaints: list[str]
+    windows: dict[tuple[str, bool], Any] = field(default_factory=dict)
+    """Those that tests share to look at pages: by organization, and whether signed out."""
 
-    async def context(self, stack: Stack, *, dark: bool = False, narrow: bool = False, script: bool = True) -> Any:
-        """A window of its own, signed in by a fresh link as a person would."""
+    async def window(self, stack: Stack, *, dark: bool = False, narrow: bool = False, script: bool = True) -> Any:
+        """A page in a window of its own, where nobody has signed in."""
         made = await self.chromium.new_context(
             viewport=NARROW if narrow else WIDE, color_scheme="dark" if dark else "light", java_script_enabled=script, base_url=stack.url,
             permissions=["clipboard-read", "clipboard-write"],
@@ -45,9 +48,16 @@ class Browser:
         made.set_default_timeout(20_000)
         page = await made.new_page()
         self.listen(page)
+        return page
+
+    async def context(self, stack: Stack, *, dark: bool = False, narrow: bool = False, script: bool = True, org: str = "") -> Any:
+        """The same, signed in by a fresh link as a person would. ``org``: the organization to act in; empty for the personal one."""
+        page = await self.window(stack, dark=dark, narrow=narrow, script=script)
         await page.goto(f"/dashboard/sign-in?token={await stack.link()}")
         await page.get_by_role("button", name="Sign in").click()
         await page.wait_for_url("**/dashboard")
+        if org:
+            await page.context.add_cookies([{"name": "clawplane-org", "value": org, "url": stack.url}])
         return page
 
     def listen(self, page: Any) -> None:
@@ -80,11 +90,19 @@ async def browser() -> AsyncIterator[Browser]:
         await chromium.close()
 
 
+@pytest.fixture(scope="session")
+def elsewhere() -> Iterator[OAuthSimulator]:
+    """Google, Microsoft and GitHub, in a process of their own."""
+    with OAuthSimulator() as simulator:
+        yield simulator
+
+
 @pytest_asyncio.fixture(scope="session")
-async def stack(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stack]:
+async def stack(tmp_path_factory: pytest.TempPathFactory, elsewhere: OAuthSimulator) -> AsyncIterator[Stack]:
     """A stack as `up` runs it: SQLite, the sandbox's checkout, local bots; slow enough at its work to be watched."""
     options = {"watch_poll_s": 0.2, "driver": "local"}
-    async with running(tmp_path_factory.mktemp("browser"), deployment=options) as started:
+    async with running(tmp_path_factory.mktemp("browser"), deployment=options, user=elsewhere.settings()) as started:
+        await elsewhere.post("/control/register", {"redirect_uri": f"{started.url}/dashboard/oauth/callback"})
         yield started
 
 
@@ -96,3 +114,9 @@ async def operator(stack: Stack) -> Person:
     await stack.users.UpdateUserAccount(business, metadata=stack.operator)
     await history.plant(stack, signed_in)
     return signed_in
+
+
+@pytest_asyncio.fixture(scope="session")
+async def company(stack: Stack, operator: Person) -> tuple[str, str]:
+    """An organization of the operator, and one of its keys."""
+    return await history.company(stack, operator)

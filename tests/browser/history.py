@@ -1,13 +1,23 @@
 """A month of work for the pages to show: bots in every state, usage of several models, providers that fail."""
 
 import random
+import uuid
 from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import deployment_pb2, provider_pb2, usage_event_pb2, usage_service_pb2
-from clawplane.user.v1 import user_pb2, user_service_pb2
+from clawplane.user.v1 import (
+    api_key_pb2,
+    api_key_service_pb2,
+    invitation_service_pb2,
+    member_service_pb2,
+    organization_pb2,
+    organization_service_pb2,
+    user_pb2,
+    user_service_pb2,
+)
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
 from services.deployment_svc.providers.models import Provider, ProviderOutcome
 from services.kit import ids
@@ -15,6 +25,7 @@ from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
+from services.user_svc.organizations.models import Membership
 from tests.harness import Person, Stack
 
 MODELS = {"claude-opus-4.5": "anthropic", "gpt-3.2": "openai", "gemini-3-flash": "google", "minimax-m2.5": "minimax"}
@@ -45,6 +56,48 @@ async def plant(stack: Stack, operator: Person) -> None:
         _providers(session, planted)
     await db.close()
     await _usage(stack, operator, planted)
+
+
+async def company(stack: Stack, owner: Person) -> tuple[str, str]:
+    """An organization with members, open invitations and keys, which the person owns. Returns the ids of it and of a key that was rotated."""
+    made = await stack.organizations.CreateOrganization(
+        organization_service_pb2.CreateOrganizationRequest(organization=organization_pb2.Organization(name="Northwind Labs")), metadata=owner.metadata
+    )
+    inside = (*owner.metadata, ("clawplane-org", made.id))
+    names = ("Ada Lovelace", "Grace Hopper", "Katherine Johnson", "Linus Pauling")
+    roles = (organization_pb2.ROLE_ADMIN, organization_pb2.ROLE_DEVELOPER, organization_pb2.ROLE_DEVELOPER, organization_pb2.ROLE_VIEWER)
+    wishes = [user_pb2.User(email=f"{name.split()[0].lower()}@northwind.example", full_name=name) for name in names]
+    people = [
+        await stack.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish, email_verified=True), metadata=stack.operator)
+        for wish in wishes
+    ]
+    db = database(stack, "user_svc")
+    async with db.transaction(ALL) as session:
+        for number, (person, role) in enumerate(zip(people, roles, strict=True)):
+            joined = now() - timedelta(days=60 - 14 * number)
+            session.add(Membership(id=ids.new("mem"), org_id=made.id, user_id=person.id, role=role, created_at=joined, updated_at=joined))
+    await db.close()
+    raised = member_service_pb2.UpdateMemberRequest(user_id=people[2].id, role=organization_pb2.ROLE_VIEWER)
+    await stack.members.UpdateMember(raised, metadata=inside)
+    for address, role in (("alan@northwind.example", organization_pb2.ROLE_DEVELOPER), ("auditor@example.com", organization_pb2.ROLE_VIEWER)):
+        await stack.invitations.CreateInvitation(invitation_service_pb2.CreateInvitationRequest(email=address, role=role), metadata=inside)
+    return made.id, await _keys(stack, inside)
+
+
+async def _keys(stack: Stack, inside: Any) -> str:
+    few, many_ = ["deployments.get", "deployments.list"], ["deployments.get", "deployments.list", "models.call", "usage.read", "usage.record"]
+    made = []
+    for name, permissions, rate, days in (("Nightly report", few, "", 90), ("Support desk proxy", many_, "600/minute", 365), ("Grace's laptop", few, "60/minute", 0)):
+        key = api_key_pb2.ApiKey(name=name, environment=api_key_pb2.API_KEY_ENVIRONMENT_LIVE, permissions=permissions, rate=rate)
+        if days:
+            key.expires_at.FromDatetime(now() + timedelta(days=days))
+        made.append((await stack.api_keys.CreateApiKey(api_key_service_pb2.CreateApiKeyRequest(api_key=key), metadata=inside)).api_key.id)
+    rotate = api_key_service_pb2.RotateApiKeyRequest(id=made[1], request_id=str(uuid.uuid4()))
+    rotate.grace.seconds = 3600
+    await stack.api_keys.RotateApiKey(rotate, metadata=inside)
+    revoke = api_key_service_pb2.RevokeApiKeyRequest(id=made[2], reason="The laptop was lost")
+    await stack.api_keys.RevokeApiKey(revoke, metadata=inside)
+    return str(made[1])
 
 
 def _deployments(session: AsyncSession, operator: Person) -> list[str]:

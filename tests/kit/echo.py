@@ -17,16 +17,17 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from clawplane.options.v1 import options_pb2
 from services.kit import devkeys, ids, vault
-from services.kit.audit import AuditRow
-from services.kit.auth import Access, Authenticator, TokenSigner
+from services.kit.audit import AuditHeadRow, AuditRow, indexes
+from services.kit.auth import FORWARD, Access, Authenticator, Caller, TokenSigner
 from services.kit.call import Call, Kit
+from services.kit.client import CLIENT_IP, FORWARDED
 from services.kit.columns import NAMING, Leased, Tenant, Versioned, identifier
 from services.kit.db import Database
 from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
 from services.kit.vault import CanaryRow
-from tests.harness import Metadata, free_port
+from tests.harness import UNLIMITED, Metadata, free_port
 
 
 class Base(DeclarativeBase):
@@ -51,6 +52,13 @@ class AuditEvent(AuditRow, Base):
     """Who did what."""
 
     __tablename__ = "audit_events"
+    __table_args__ = indexes()
+
+
+class AuditHead(AuditHeadRow, Base):
+    """How far they are sealed."""
+
+    __tablename__ = "audit_heads"
 
 
 class IdempotencyKey(IdempotencyKeyRow, Base):
@@ -65,8 +73,8 @@ class Canary(CanaryRow, Base):
     __tablename__ = "secret_canaries"
 
 
-def _rpc(name: str, audience: str, permission: str, options: str = "", *, streams: bool = False, answer: str = "Answer") -> str:
-    rule = f'[clawplane.options.v1.rule] {{ audience: {audience} permission: "{permission}" }}' if audience else ""
+def _rpc(name: str, audience: str, permission: str, options: str = "", *, streams: bool = False, answer: str = "Answer", rate: str = "") -> str:
+    rule = f'[clawplane.options.v1.rule] {{ audience: {audience} permission: "{permission}" rate: "{rate}" }}' if audience else ""
     return (
         f'method {{ name: "{name}" input_type: ".kit_echo.Request" output_type: ".kit_echo.{answer}" '
         f"server_streaming: {str(streams).lower()} options {{ {rule} {options} }} }}"
@@ -93,12 +101,16 @@ message_type {{ name: "SecretAnswer"
   field {{ name: "secret" number: 2 label: LABEL_OPTIONAL type: TYPE_STRING options {{ debug_redact: true }} }} }}
 service {{ name: "EchoService"
   {_rpc("Mint", "AUDIENCE_ORGANIZATION", "echo.write", answer="SecretAnswer")}
+  {_rpc("Show", "AUDIENCE_ORGANIZATION", "echo.read", _READS, answer="SecretAnswer")}
   {_rpc("Write", "AUDIENCE_ORGANIZATION", "echo.write")}
   {_rpc("Read", "AUDIENCE_ORGANIZATION", "echo.read", _READS)}
   {_rpc("Manage", "AUDIENCE_PLATFORM", "echo.manage")}
   {_rpc("Open", "AUDIENCE_PUBLIC", "", _READS)}
+  {_rpc("Rare", "AUDIENCE_ORGANIZATION", "echo.read", _READS, rate="2/hour")}
+  {_rpc("RareOpen", "AUDIENCE_PUBLIC", "", _READS, rate="2/hour")}
   {_rpc("Watch", "AUDIENCE_ORGANIZATION", "echo.read", _READS, streams=True)} }}
 service {{ name: "NoRuleService" {_rpc("Write", "", "")} }}
+service {{ name: "BadRateService" {_rpc("Write", "AUDIENCE_ORGANIZATION", "echo.write", rate="often")} }}
 """
 assert options_pb2.rule and validate_pb2.field  # text_format finds the extensions by name
 descriptor_pool.Default().AddSerializedFile(text_format.Parse(_FILE, descriptor_pb2.FileDescriptorProto()).SerializeToString())
@@ -155,12 +167,14 @@ class Echo:
     channel: grpc.aio.Channel
     keys: dict[str, str]
     people: dict[str, Access]
+    keyed: dict[str, Caller]
+    """API keys: text to caller."""
     org_id: str = field(default_factory=lambda: ids.new("org"))
 
     def call(self, name: str, text: str = "", metadata: Metadata | None = None, **fields: Any) -> Any:
         """A call of an RPC as somebody of this organization."""
         make = self.channel.unary_stream if name == "Watch" else self.channel.unary_unary
-        rpc: Any = make(f"/{SERVICE}/{name}", Request.SerializeToString, (SecretAnswer if name == "Mint" else Answer).FromString)
+        rpc: Any = make(f"/{SERVICE}/{name}", Request.SerializeToString, (SecretAnswer if name in {"Mint", "Show"} else Answer).FromString)
         return rpc(Request(text=text, **fields), metadata=self.person() if metadata is None else metadata, timeout=10)
 
     def raw(self, name: str, payload: bytes, metadata: Metadata | None = None) -> Any:
@@ -175,6 +189,16 @@ class Echo:
             self.people[user_id] = Access(user_id, org_id, frozenset({"echo.read", "echo.write"}))
         token = TokenSigner(self.kit.settings).sign(permissions or ["*"], user=user_id)
         return (("authorization", f"Bearer {token}"),)
+
+    def key(self, rate: str = "") -> Metadata:
+        """Metadata of a new API key."""
+        text, key_id = f"key_{secrets.token_hex(8)}", ids.new("key")
+        self.keyed[text] = Caller("key", key_id, frozenset({"echo.read"}), self.org_id, key_id=key_id, rate=rate)
+        return (("authorization", f"Bearer {text}"),)
+
+    def from_address(self, address: str) -> Metadata:
+        """Metadata with which the gateway says where a call comes from."""
+        return ((FORWARDED, TokenSigner(self.kit.settings).sign([FORWARD])), (CLIENT_IP, address))
 
     @property
     def operator(self) -> Metadata:
@@ -220,22 +244,27 @@ async def make_tables(db: Database) -> None:
 async def running(folder: Path, url: str, **settings: Any) -> AsyncIterator[Echo]:
     """The service on a database, with a client."""
     keys = devkeys.load_or_make(folder)
-    made = KitSettings(**(devkeys.settings_for(keys, "cli") | {"data_dir": folder, "rate_limit": "1000000/minute"} | settings))
+    made = KitSettings(**(devkeys.settings_for(keys, "cli") | {"data_dir": folder} | UNLIMITED | settings))
     db = Database(url, made, f"echo{secrets.token_hex(3)}")
     await make_tables(db)
     people: dict[str, Access] = {}
+
+    keyed: dict[str, Caller] = {}
+
+    async def key(text: str) -> Caller | None:
+        return keyed.get(text)
 
     async def access(user_id: str, org_id: str) -> Access | None:
         found = people.get(user_id)
         return found if found and org_id in ("", found.org_id) else None
 
-    kit = Kit("echo", made, db, Authenticator(made, access), AuditEvent, IdempotencyKey, vault.open_box(made))
+    kit = Kit("echo", made, db, Authenticator(made, access, {"key": key}), AuditEvent, IdempotencyKey, vault.open_box(made))
     service = EchoService()
     server = Server([App(kit, [(add_to_server, service)])], "127.0.0.1", free_port())
     await server.start()
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=[("grpc.enable_http_proxy", 0)])
     try:
-        yield Echo(kit, server, service, channel, keys, people)
+        yield Echo(kit, server, service, channel, keys, people, keyed)
     finally:
         await channel.close()
         if not kit.draining:

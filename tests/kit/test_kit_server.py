@@ -37,6 +37,7 @@ async def listed(channel: grpc.aio.Channel, version: str) -> set[str]:
     return names
 
 
+@pytest.mark.any_engine
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_lists_and_describes_every_service(stack: Stack, version: str) -> None:
     names = await listed(stack.channel, version)
@@ -48,6 +49,7 @@ async def test_reflection_lists_and_describes_every_service(stack: Stack, versio
     } <= names  # fmt: skip
 
 
+@pytest.mark.any_engine
 async def test_health_is_told_of_all_and_each(echo: Echo) -> None:
     health = health_pb2_grpc.HealthStub(echo.channel)
     for name in ("", SERVICE):
@@ -92,6 +94,7 @@ async def test_draining_finishes_calls_and_ends_streams(kit_url: str, tmp_path: 
         assert (await refused(echo.call("Read"))).code() is grpc.StatusCode.UNAVAILABLE
 
 
+@pytest.mark.any_engine
 async def test_a_client_that_never_hangs_up_does_not_hold_the_end(kit_url: str, tmp_path: Path) -> None:
     async with running(tmp_path, kit_url) as echo:
         health = health_pb2_grpc.HealthStub(echo.channel).Watch(health_pb2.HealthCheckRequest())

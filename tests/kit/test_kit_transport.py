@@ -8,14 +8,16 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services import embedded
 from services.kit.call import Call
 from services.kit.server import App, Server
 from tests.harness import TRANSPORT, Stack
-from tests.kit.echo import Answer, Echo, refused, running
+from tests.kit.echo import SERVICE, Answer, Echo, refused, running
 
 Code = grpc.StatusCode
+pytestmark = pytest.mark.any_engine
 PACKAGES = {"grpcio": "grpc", "native": "pygrpc_native"}
 both = pytest.mark.parametrize("transport", PACKAGES)
 
@@ -101,10 +103,10 @@ async def test_watchers_that_read_nothing_hold_up_neither_others_nor_the_end(kit
 @both
 async def test_a_stop_waits_until_answers_have_left(kit_url: str, tmp_path: Path, transport: str) -> None:
     async with running(tmp_path, kit_url, transport=transport) as echo:
-        begun = asyncio.Event()
+        begun = asyncio.Barrier(9)
 
         async def long(request: Any, call: Call) -> Any:
-            begun.set()
+            await begun.wait()
             await asyncio.sleep(0.2)
             return Answer(text="x" * 4_000_000)
 
@@ -142,3 +144,16 @@ async def test_native_turns_calls_away_while_others_finish(kit_url: str, tmp_pat
             assert error.code() is Code.UNAVAILABLE and "stopping" in (error.details() or "")
         assert await writing == "finished"
         await draining
+
+
+async def test_grpcio_has_no_method_registered_and_finds_them_all(kit_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each registered one would make every call of the process dearer; native finds only those."""
+    registered: list[str] = []
+    monkeypatch.setattr("grpc.aio._server.Server.add_registered_method_handlers", lambda _, service, handlers: registered.append(service))
+    async with running(tmp_path, kit_url, transport="grpcio") as echo:
+        assert not registered
+        assert (await echo.call("Read", "x")).text == "x"
+        health = health_pb2_grpc.HealthStub(echo.channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))).status == health_pb2.HealthCheckResponse.SERVING
+        for path in (f"/{SERVICE}/Missing", "/missing.Service/Read"):
+            assert (await refused(echo.channel.unary_unary(path)(b"", timeout=5))).code() is Code.UNIMPLEMENTED

@@ -7,6 +7,7 @@ from sqlalchemy import select
 from clawplane.deployment.v1 import blacklist_entry_pb2, blacklist_service_pb2, blacklist_service_pb2_grpc
 from services.deployment_svc.blacklist.models import BlacklistEntry
 from services.deployment_svc.blacklist.repository import in_force
+from services.kit.audit import diff
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import insert_for
@@ -27,14 +28,16 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
             "by_rule": False, "on_probation": False, "strikes": 0, "evidence": [],
         }  # fmt: skip
         async with call.transaction() as session:
+            known = await session.get(BlacklistEntry, request.provider_address)
+            before = _to_message(known) if known is not None else None
             insert = insert_for(session)
             await session.execute(
                 insert(BlacklistEntry)
                 .values(provider_address=request.provider_address, **values)
                 .on_conflict_do_update(index_elements=["provider_address"], set_={**values, "updated_at": now()})
             )
-            row = await session.get_one(BlacklistEntry, request.provider_address)
-            call.audit(row.provider_address, after={"reason": row.reason, "expires_at": str(row.expires_at or "never")})
+            row = await session.get_one(BlacklistEntry, request.provider_address, populate_existing=True)
+            call.audit(row.provider_address, **diff(before, _to_message(row)))
         return _to_message(row)
 
     async def RemoveBlacklistEntry(
@@ -43,7 +46,7 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
         async with call.transaction() as session:
             row = await session.get(BlacklistEntry, request.provider_address)
             if row is not None:
-                call.audit(row.provider_address, before={"reason": row.reason})
+                call.audit(row.provider_address, **diff(_to_message(row), None))
                 await session.delete(row)
         return blacklist_service_pb2.RemoveBlacklistEntryResponse()
 

@@ -1,4 +1,4 @@
-"""Table of the keys with which bots call."""
+"""Table of the keys with which bots called before the user service had them."""
 
 from datetime import datetime
 
@@ -10,7 +10,7 @@ from services.kit.columns import Identifier, Tenant, Timestamps, UtcDateTime, id
 
 
 class ClawKey(Tenant, Timestamps, Base):
-    """A bot's key: only a keyed hash of it."""
+    """The key of a bot that was started before bots got API keys: only a keyed hash of it. No more are made."""
 
     __tablename__ = "claw_keys"
 

@@ -4,15 +4,17 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import deployment_service_pb2 as rpc
+from clawplane.deployment.v1.deployment_pb2 import Deployment as Message
 from services.deployment_svc.deployments import repository, state
 from services.deployment_svc.deployments.close import close
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.models import Payment, PaymentSession
 from services.deployment_svc.settings import DeploymentSettings
+from services.kit.audit import diff
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import Conflict, InvalidArgument, InvalidState
-from services.kit.proto import assign
+from services.kit.proto import assign, to_proto
 
 _ENDED = (state.CLOSED, state.CANCELED, state.EXPIRED)
 
@@ -30,10 +32,10 @@ async def update(session: AsyncSession, call: Call, request: rpc.UpdateDeploymen
     d = await own(session, call, wish.id)
     if wish.etag and wish.etag != str(d.version):
         raise Conflict("the deployment was changed by someone else; read it again and repeat")
-    before = d.model
-    written = assign(d, wish, request.update_mask)
-    call.audit(d.id, org_id=d.org_id, after={"fields": written})
-    if d.model == before:
+    before = to_proto(d, Message)
+    assign(d, wish, request.update_mask)
+    call.audit(d.id, org_id=d.org_id, **diff(before, to_proto(d, Message)))
+    if d.model == before.model:
         return d
     if d.model not in settings.models:
         raise InvalidArgument("deployment.model", f"must be one of {', '.join(settings.models)}")

@@ -39,6 +39,8 @@ class Deployment(Versioned, Tenant, Leased, Base):
     channel_token_sealed: Mapped[str | None] = mapped_column(Text)
     channel_api_key_sealed: Mapped[str | None] = mapped_column(Text)
     fingerprint: Mapped[bytes] = mapped_column(LargeBinary(32))
+    fingerprint_key_id: Mapped[str] = mapped_column(String(64), default="", server_default="")
+    """The key of the fingerprint; "": the first HMAC key, as before there was a ring."""
     state: Mapped[int] = mapped_column(STATE)
     error_message: Mapped[str] = mapped_column(Text, default="")
 
@@ -71,7 +73,7 @@ class Deployment(Versioned, Tenant, Leased, Base):
     offers_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     provider: Mapped[str] = mapped_column(String(128), default="")
     offer_reference: Mapped[str] = mapped_column(String(255), default="")
-    claw_key_id: Mapped[str | None] = mapped_column(Identifier("ckey"))
+    claw_key_id: Mapped[str | None] = mapped_column(Identifier("key"))
     """The key of the latest start."""
     akash_lease_id: Mapped[str | None] = mapped_column(String(255), index=True)
     leased_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -1,5 +1,6 @@
 """Queries on deployments, and the one way to move one from state to state."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -53,9 +54,9 @@ async def deploying(session: AsyncSession, org_id: str) -> tuple[int, int]:
     return in_org, in_all
 
 
-async def pending_wish(session: AsyncSession, fingerprint: bytes) -> Deployment | None:
-    """The organization's open wish with this fingerprint."""
-    return await session.scalar(select(Deployment).where(Deployment.fingerprint == fingerprint, Deployment.state == PENDING))
+async def pending_wish(session: AsyncSession, fingerprints: Iterable[bytes]) -> Deployment | None:
+    """The organization's open wish with this fingerprint, whatever key it is under."""
+    return await session.scalar(select(Deployment).where(Deployment.fingerprint.in_(list(fingerprints)), Deployment.state == PENDING))
 
 
 async def count_live(session: AsyncSession) -> int:

@@ -168,9 +168,9 @@ class DeploymentService(deployment_service_pb2_grpc.DeploymentServiceServicer):
         self, request: deployment_service_pb2.FindPendingDuplicateRequest, call: Call
     ) -> deployment_pb2.Deployment:
         _ = call.org_id
-        print_ = secrets.fingerprint(self.creator.box, call.caller.user_id, request.model, request.channel, request.channel_token)
+        prints = secrets.fingerprints(self.creator.box, call.caller.user_id, request.model, request.channel, request.channel_token)
         async with call.read() as session:
-            d = await repository.pending_wish(session, print_)
+            d = await repository.pending_wish(session, prints.values())
         return to_message(repository.visible(d, call))
 
     async def WatchDeployment(

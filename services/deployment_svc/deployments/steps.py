@@ -9,12 +9,12 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TypeVar
 
-import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.blacklist.repository import excluded
 from services.deployment_svc.claw_keys import repository as claw_keys
 from services.deployment_svc.deployments import repository, secrets, state
+from services.deployment_svc.deployments.blame import judge
 from services.deployment_svc.deployments.models import CHANNEL, Deployment
 from services.deployment_svc.deployments.orphans import name_of
 from services.deployment_svc.deployments.state import Step
@@ -22,11 +22,12 @@ from services.deployment_svc.markets.driver import Blame, Driver, Observation, O
 from services.deployment_svc.providers import repository as providers
 from services.deployment_svc.providers.rules import Choice
 from services.deployment_svc.settings import DeploymentSettings
+from services.deployment_svc.users import Users
+from services.kit import ids
 from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.secrets import SecretBox
 
-log = structlog.get_logger()
 T = TypeVar("T")
 _QUEUED = "waits for its turn: as many as allowed are being brought up"
 Next = tuple[Deployment, float]
@@ -40,8 +41,8 @@ class Lost(Exception):
 class Steps:
     """Takes one step at a time for deployments that the caller has claimed."""
 
-    def __init__(self, db: Database, settings: DeploymentSettings, box: SecretBox, driver: Driver) -> None:
-        self.db, self.settings, self.box, self.driver = db, settings, box, driver
+    def __init__(self, db: Database, settings: DeploymentSettings, box: SecretBox, driver: Driver, users: Users) -> None:
+        self.db, self.settings, self.box, self.driver, self.users = db, settings, box, driver, users
         self._failures: Counter[str] = Counter()
         """Failures of the market in a row, by deployment; only for the pause, so a restart may forget them."""
 
@@ -74,11 +75,14 @@ class Steps:
         # Creating is not idempotent: what an earlier, lost call made carries our name and is closed first.
         await self._close_orders(d)
 
-        async def mint(session: AsyncSession, row: Deployment) -> str:
-            return await claw_keys.mint_for_start(session, row, self.box, self.settings.key_environment)
+        async def intend(session: AsyncSession, row: Deployment) -> None:
+            # Written down before the key is made, so that no key is ever made that nobody can name, and greater than any before it.
+            row.claw_key_id = ids.new_after("key", row.claw_key_id or "")
+            await claw_keys.revoke_old(session, row.id)
 
         opened = [secrets.open_column(self.box, d, column) for column in ("channel_token", "channel_api_key")]
-        d, claw_key = await self._write_and_get(d, token, mint)
+        d = await self._write(d, token, intend)
+        claw_key = await self._ask(self.users.mint_claw_key(d.claw_key_id or "", d.id, d.org_id, d.user_id))
         order = await self._ask(self.driver.create(self._spec(d), Secrets(claw_key, *opened), d.claw_key_id or ""))
 
         async def write(session: AsyncSession, row: Deployment) -> None:
@@ -131,6 +135,8 @@ class Steps:
             if now() - (d.leased_at or now()) > timedelta(seconds=self.settings.ready_timeout_s):
                 raise ProviderError(f"the bot at {d.provider} did not answer in time", "provider")
             return d, self._pause(d.leased_at)
+        if seen.start_id and seen.start_id[-32:] != (d.claw_key_id or "")[-32:]:
+            raise ProviderError(f"the bot that came up at {d.provider} is an earlier start, whose key has ended", "order")
         # An order that was placed twice, since the answer came too late, is given back.
         await self._close_orders(d, but=d.akash_deployment_id or "")
         return await self._write(d, token, lambda session, row: self._activate(session, row, seen)), self.settings.watch_s
@@ -145,8 +151,7 @@ class Steps:
         row.activated_at = row.activated_at or now()
         row.manifest_sealed = row.silent_since = None
         await providers.went_well(session, row.provider, row.id, providers.READY, self.settings)
-        # Which start runs is the bot's word: a call whose answer was lost may have begun an earlier one.
-        row.claw_key_id = await claw_keys.keep_only(session, row.id, seen.start_id, row.claw_key_id)
+        await claw_keys.revoke_old(session, row.id, but=row.claw_key_id or "")
         repository.move(session, row, state.ACTIVE, f"the bot answers at {row.provider}")
 
     async def _watch(self, d: Deployment, token: str) -> Next:
@@ -176,26 +181,25 @@ class Steps:
         return d, self.settings.watch_s if d.state == state.ACTIVE else 0
 
     async def _undo(self, d: Deployment, token: str) -> Next:
-        await self._close_orders(d)
+        await self._take_down(d)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             state.forget_order(row)
-            if row.state in (state.FAILED, state.SUSPENDED):
-                await claw_keys.revoke(session, row.id)
+            await claw_keys.revoke_old(session, row.id)
 
         d = await self._write(d, token, write)
         wait = (d.due_at - now()).total_seconds() if d.due_at and d.state == state.DEPLOYING else 0
         return d, max(0.0, wait)
 
     async def _close(self, d: Deployment, token: str) -> Next:
-        await self._close_orders(d)
+        await self._take_down(d)
 
         async def write(session: AsyncSession, row: Deployment) -> None:
             state.forget_order(row)
             row.error_message = ""
             # Nothing will need them again.
             row.channel_token_sealed = row.channel_api_key_sealed = None
-            await claw_keys.revoke(session, row.id)
+            await claw_keys.revoke_old(session, row.id)
             repository.move(session, row, state.CLOSED, "taken down")
 
         return await self._write(d, token, write), 0
@@ -208,10 +212,16 @@ class Steps:
             if order_id != but:
                 await self._ask(self.driver.close(order_id))
 
+    async def _take_down(self, d: Deployment) -> None:
+        """Closes whatever carries the deployment's name, then ends what it called with."""
+        await self._close_orders(d)
+        if d.claw_key_id:
+            await self._ask(self.users.revoke_claw_keys(d.claw_key_id, d.id, d.org_id, d.user_id))
+
     async def failed(self, step: Step, d: Deployment, token: str, error: Exception) -> Next:
         """What follows when a step failed: wait and repeat it, or undo the attempt and make another, or give up."""
         self._failures[d.id] += 1
-        blame, text, pause = self._judge(step, d, error)
+        blame, text, pause = judge(step, d, error, self._failures[d.id], self.settings)
         if blame == "market" or step in (Step.WATCH, Step.UNDO, Step.CLOSE):
 
             async def remember(session: AsyncSession, row: Deployment) -> None:
@@ -245,24 +255,6 @@ class Steps:
                 row.due_at = verdict.retry_at
 
         return await self._write(d, token, write), 0
-
-    def _judge(self, step: Step, d: Deployment, error: Exception) -> tuple[str, str, float]:
-        """Whom to blame, what to tell the owner, and the pause before the step is repeated, in seconds."""
-        pause = state.backoff(self._failures[d.id], self.settings) * random.uniform(0.8, 1.2)
-        if isinstance(error, ProviderError):
-            blame: str = error.blame
-            text, pause = str(error), error.retry_after_s or pause
-        elif isinstance(error, TimeoutError):
-            blame, text = "market", "the market did not answer in time"
-        else:
-            # Its words are not for the owner, and may hold anything.
-            blame, text = "market", "something is wrong on our side; we are told of it"
-            log.error("reconcile.failed", deployment_id=d.id, step=step.value, exc_info=error)
-        patience = timedelta(seconds=self.settings.bid_timeout_s + self.settings.ready_timeout_s)
-        if step is Step.LEASE and d.offers_since and now() - d.offers_since > patience:
-            # The market takes orders, but nothing comes of the lease. Another provider may do better; nobody knows whose fault it is.
-            blame = "patience" if blame == "market" else blame
-        return blame, text, pause
 
     def _pause(self, since: datetime | None) -> float:
         """Before asking again for what was not there yet, in seconds: short at first, longer the longer it takes."""

@@ -21,8 +21,8 @@ from services.kit.coalesce import Batcher
 from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.errors import Error, InvalidArgument, InvalidFields
+from services.kit.intake import violation
 from services.kit.proto import to_datetime, to_proto
-from services.kit.rpc import violation
 from services.kit.standard import list_page
 
 _GROUPS = {

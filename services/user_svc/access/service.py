@@ -8,7 +8,7 @@ from services.kit.auth import Access, AccessResolver
 from services.kit.call import Call
 from services.kit.db import ALL, Database
 from services.kit.errors import NotFound
-from services.user_svc.organizations.roles import PERMISSIONS
+from services.user_svc.organizations.roles import OF_EVERY_KEY, OF_PEOPLE_ALONE, PERMISSIONS
 from services.user_svc.users import repository
 
 
@@ -36,7 +36,9 @@ class AccessService(access_service_pb2_grpc.AccessServiceServicer):
             raise NotFound("membership")
         return access_service_pb2.Access(
             user_id=caller.user_id, org_id=caller.org_id, role=cast("Role.ValueType", found[2]), permissions=sorted(caller.permissions),
-            email=caller.email, is_operator=caller.is_operator,
+            email=caller.email, is_operator=caller.is_operator, kind=caller.kind, deployment_id=caller.deployment_id,
+            key_id=caller.key_id if caller.kind != "user" else "",
+            grantable_permissions=sorted(caller.permissions - OF_PEOPLE_ALONE - OF_EVERY_KEY) if caller.kind == "user" else (),
         )  # fmt: skip
 
 

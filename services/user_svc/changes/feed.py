@@ -15,7 +15,7 @@ from services.kit.feed import Follower
 from services.kit.proto import to_proto
 from services.user_svc.changes import repository
 
-POLL_S = 0.1
+POLL_S = 0.2
 _PAGE = 500
 _BEAT_S = 0.4
 

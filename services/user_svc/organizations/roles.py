@@ -2,12 +2,16 @@
 
 from clawplane.user.v1.organization_pb2 import Role
 
-_VIEWER = frozenset(
+PERSONAL = frozenset(
     {
-        # One's own account, whatever the organization.
         "users.get", "users.update", "users.delete_self", "account.update", "sessions.list", "sessions.revoke", "organizations.create",
-        "organizations.list", "invitations.answer", "members.leave",
-        # What the organization has.
+        "organizations.list", "organizations.undelete", "invitations.answer", "members.leave", "access.get",
+    }
+)  # fmt: skip
+"""Of one's own account, whatever the organization: every member has them everywhere."""
+
+_VIEWER = PERSONAL | frozenset(
+    {
         "organizations.get", "members.list", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read",
     }
 )  # fmt: skip
@@ -19,7 +23,7 @@ _ADMIN = _DEVELOPER | {
     "organizations.update", "members.update", "members.remove", "invitations.create", "invitations.list", "invitations.revoke",
     "api_keys.admin", "audit.list",
 }  # fmt: skip
-_OWNER = _ADMIN | {"organizations.delete", "organizations.transfer"}
+_OWNER = _ADMIN | {"members.admin", "organizations.delete", "organizations.transfer"}
 
 PERMISSIONS: dict[int, frozenset[str]] = {
     Role.ROLE_VIEWER: _VIEWER,
@@ -31,7 +35,11 @@ PERMISSIONS: dict[int, frozenset[str]] = {
 OF_PEOPLE_ALONE = frozenset(
     {
         "users.update", "users.delete_self", "account.update", "sessions.list", "sessions.revoke", "organizations.create",
-        "organizations.list", "organizations.delete", "organizations.transfer", "invitations.answer", "members.leave", "api_keys.create", "api_keys.admin",
+        "organizations.list", "organizations.undelete", "organizations.delete", "organizations.transfer", "invitations.answer",
+        "members.leave", "members.admin", "api_keys.create", "api_keys.update", "api_keys.admin",
     }
 )  # fmt: skip
 """Permissions that no key can be given: what is a person's own, and what would let a key make more of itself."""
+
+OF_EVERY_KEY = frozenset({"access.get", "api_keys.revoke_self"})
+"""What any key may do in this service, whatever it was given: say who it is, and end itself."""

@@ -12,9 +12,8 @@ from services.kit.columns import now
 from services.kit.db import ALL
 from services.kit.errors import NotFound
 from services.kit.proto import to_proto
-from services.user_svc.sessions import repository as sessions
-from services.user_svc.sessions.models import Session
 from services.user_svc.settings import UserSettings
+from services.user_svc.sign_in.start import Starter
 from services.user_svc.sign_in_links.models import SignInLink
 from services.user_svc.users.models import User
 from services.user_svc.users.service import UserService
@@ -26,8 +25,8 @@ LIFETIME = timedelta(minutes=10)
 class SignInLinkService(sign_in_link_service_pb2_grpc.SignInLinkServiceServicer):
     """See proto/clawplane/user/v1/sign_in_link_service.proto."""
 
-    def __init__(self, settings: UserSettings, users: UserService) -> None:
-        self.settings, self.users = settings, users
+    def __init__(self, settings: UserSettings, users: UserService, starter: Starter) -> None:
+        self.settings, self.users, self.starter = settings, users, starter
 
     async def CreateSignInLink(
         self, request: sign_in_link_service_pb2.CreateSignInLinkRequest, call: Call
@@ -56,7 +55,7 @@ class SignInLinkService(sign_in_link_service_pb2_grpc.SignInLinkServiceServicer)
         if key is None:
             raise NotFound("sign-in link")
 
-        async def work(session: AsyncSession) -> tuple[Session, str]:
+        async def work(session: AsyncSession) -> session_pb2.SignedIn:
             # One statement: of several that come at once, one takes the link.
             taken = (
                 update(SignInLink)
@@ -68,8 +67,7 @@ class SignInLinkService(sign_in_link_service_pb2_grpc.SignInLinkServiceServicer)
             user = await session.get(User, user_id) if user_id else None
             if user is None or not user.is_active or user.deleted_at is not None:
                 raise NotFound("sign-in link")
-            call.audit(key.id, org_id=user.personal_org_id)
-            return sessions.start(session, user, self.settings.key_environment)
+            return self.starter.start(session, call, user, "link")
 
-        row, token = await call.run(work, ALL)
-        return sign_in_link_service_pb2.RedeemSignInLinkResponse(session=to_proto(row, session_pb2.Session), token=token)
+        answer = await call.run(work, ALL)
+        return sign_in_link_service_pb2.RedeemSignInLinkResponse(session=answer.session, token=answer.token)

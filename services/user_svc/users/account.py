@@ -6,6 +6,7 @@ from clawplane.user.v1.change_service_pb2 import ChangeKind
 from clawplane.user.v1.user_service_pb2 import UpdateUserAccountRequest
 from services.kit.columns import now
 from services.user_svc.changes.repository import record
+from services.user_svc.sessions import repository as sessions
 from services.user_svc.users import lifecycle, repository
 
 
@@ -29,3 +30,6 @@ async def update(session: AsyncSession, row: repository.UserRow, request: Update
         await record(session, ChangeKind.CHANGE_KIND_ENTITLEMENTS, organization.id, organization.id)
     if switched:
         await lifecycle.announce_access(session, user.id)
+    if switched and not user.is_active:
+        # They would hold again as soon as he is switched on.
+        await sessions.revoke_all(session, user.id, organization.id)

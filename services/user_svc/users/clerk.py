@@ -4,6 +4,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1 import user_pb2
 from clawplane.user.v1.user_service_pb2 import SyncClerkUserRequest
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import insert_for
 from services.kit.proto import to_datetime
@@ -14,7 +15,7 @@ from services.user_svc.users.rules import normal_email
 PROVIDER = "clerk"
 
 
-async def forget(session: AsyncSession, request: SyncClerkUserRequest) -> tuple[str, str]:
+async def forget(session: AsyncSession, request: SyncClerkUserRequest, call: Call) -> tuple[str, str]:
     """Applies a deletion: (user id or "", what happened). The tombstone stays also when the user was never heard of."""
     insert = insert_for(session)
     await session.execute(
@@ -22,10 +23,11 @@ async def forget(session: AsyncSession, request: SyncClerkUserRequest) -> tuple[
         .values(provider=PROVIDER, subject=request.clerk_user_id, occurred_at=to_datetime(request.occurred_at))
         .on_conflict_do_nothing()
     )
-    row = await repository.find(session, with_deleted=True, clerk_user_id=request.clerk_user_id)
+    known = await repository.find(session, with_deleted=True, clerk_user_id=request.clerk_user_id)
+    row = await repository.lock(session, known[0].id, with_deleted=True) if known else None
     if row is None:
         return "", "a deletion of a user who was never heard of"
-    return row[0].id, "deleted" if await lifecycle.delete(session, row) else "was deleted before"
+    return row[0].id, "deleted" if await lifecycle.delete(session, row, call) else "was deleted before"
 
 
 async def is_gone(session: AsyncSession, clerk_user_id: str) -> bool:

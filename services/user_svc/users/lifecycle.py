@@ -4,22 +4,31 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1.change_service_pb2 import ChangeKind
+from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import AlreadyExists, InvalidState
 from services.user_svc.changes.repository import record
+from services.user_svc.organizations import heirs
 from services.user_svc.organizations.models import Membership
+from services.user_svc.sessions import repository as sessions
 from services.user_svc.users import repository
 
 
-async def delete(session: AsyncSession, row: repository.UserRow) -> bool:
-    """Marks a user as deleted; False when that was so before. The deployments of the personal organization will be closed."""
+async def delete(session: AsyncSession, row: repository.UserRow, call: Call) -> bool:
+    """Marks a user as deleted; False when that was so before. The deployments of the personal organization will be closed; shared
+    organizations pass to their heirs (organizations/heirs.py)."""
     user, organization = row
     if user.deleted_at is not None:
         return False
+    news = await heirs.leave_all(session, call, user)
     user.deleted_at = organization.deleted_at = now()
     await session.flush()
     await record(session, ChangeKind.CHANGE_KIND_USER_DELETED, organization.id, user.id)
     await record(session, ChangeKind.CHANGE_KIND_ORGANIZATION_DELETED, organization.id, organization.id)
+    for kind, org_id, subject in news:
+        await record(session, kind, org_id, subject)
+    # Who is brought back signs in anew.
+    await sessions.revoke_all(session, user.id, organization.id)
     return True
 
 

@@ -8,7 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from clawplane.user.v1 import user_pb2
 from services.kit.auth import CLERK
 from services.kit.coalesce import Loader
-from services.kit.db import Database, alone
+from services.kit.columns import now
+from services.kit.db import Database, alone, insert_for
 from services.kit.proto import columns_for
 from services.kit.rows import by_key
 from services.user_svc.organizations.models import Membership, Organization
@@ -40,14 +41,22 @@ async def by_identity(session: AsyncSession, provider: str, subject: str) -> Use
     return await find(session, id=user_id) if user_id else None
 
 
+async def link(session: AsyncSession, user: User, provider: str, subject: str) -> None:
+    """Notes that a user signs in this way. It may have been the way of somebody else, who is gone or has another address by now."""
+    row = insert_for(session)(Identity).values(user_id=user.id, provider=provider, subject=subject)
+    await session.execute(row.on_conflict_do_update(index_elements=["provider", "subject"], set_={"user_id": user.id, "updated_at": now()}))
+
+
 async def membership(session: AsyncSession, user_id: str, org_id: str) -> tuple[User, str, int] | None:
-    """An active user, the organization ("" asks for the personal one) and the role there."""
+    """An active user, the organization ("" asks for the personal one) and the role there. A deleted organization admits nobody."""
     clerk_id = user_id.removeprefix(CLERK) if user_id.startswith(CLERK) else ""
     meant = User.clerk_user_id == clerk_id if clerk_id else User.id == user_id
     statement = (
         select(User, Membership.org_id, Membership.role)
         .join(Membership, Membership.user_id == User.id)
+        .join(Organization, Organization.id == Membership.org_id)
         .where(meant, User.is_active, User.deleted_at.is_(None), Membership.org_id == (org_id or User.personal_org_id))
+        .where(Organization.deleted_at.is_(None))
     )
     row = (await session.execute(statement)).one_or_none()
     return (row[0], row[1], row[2]) if row else None

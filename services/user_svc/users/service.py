@@ -11,16 +11,20 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from clawplane.user.v1.organization_pb2 import Role
 from services.kit import ids
+from services.kit.audit import diff
 from services.kit.call import Call
 from services.kit.coalesce import Loader
 from services.kit.columns import now
-from services.kit.db import alone
+from services.kit.db import ALL, alone
 from services.kit.errors import AlreadyExists, Conflict, Error, InvalidArgument, NotFound
 from services.kit.inbox import take_in
 from services.kit.paging import page
 from services.kit.proto import assign, to_datetime, to_proto
 from services.user_svc.base import WebhookEvent
+from services.user_svc.organizations import heirs
 from services.user_svc.organizations.models import Membership, Organization
+from services.user_svc.sessions.repository import revoke_all
+from services.user_svc.sessions.service import person_of
 from services.user_svc.settings import UserSettings
 from services.user_svc.users import account, clerk, lifecycle, repository
 from services.user_svc.users.models import Identity, User
@@ -44,7 +48,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         identity = request.identity if request.HasField("identity") else None
 
         async def work(session: AsyncSession) -> repository.UserRow:
-            return await self._create(session, call, request.user, request.email_verified, identity)
+            return await self.create(session, call, request.user, request.email_verified, identity)
 
         return to_message(await self.retry_username(call, work, bool(request.user.username)))
 
@@ -83,7 +87,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             return known
         same_email = await repository.find(session, email=normal_email(wish.email))
         if same_email is None:
-            return await self._create(session, call, wish, verified, identity)
+            return await self.create(session, call, wish, verified, identity)
         user, _ = same_email
         # Linking on an address that either side has not proven would hand the account to a stranger.
         if not (verified and user.email_verified_at):
@@ -125,14 +129,16 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             user, _ = row
             if wish.etag and wish.etag != str(user.version):
                 raise Conflict("the user was changed by someone else; read it again and repeat")
+            before = to_message(row)
             written = assign(user, wish, request.update_mask)
             if "username" in written and not user.username:
                 raise InvalidArgument("user.username", "cannot be taken away")
-            call.audit(user.id, org_id=user.personal_org_id, after={"fields": written})
+            call.audit(user.id, org_id=user.personal_org_id, **diff(before, to_message(row)))
             await session.flush()
             return row
 
-        return to_message(await call.run(work))
+        # A user is of no organization: whichever one he acts in, the log of the personal one says it.
+        return to_message(await call.run(work, ALL))
 
     async def UpdateUserAccount(self, request: user_service_pb2.UpdateUserAccountRequest, call: Call) -> user_pb2.User:
         if request.HasField("tier") and request.tier not in self.settings.tiers:
@@ -142,14 +148,30 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             row = await repository.lock(session, request.id)
             if row is None:
                 raise NotFound("user")
-            call.audit(row[0].id, org_id=row[1].id, after={"fields": [field.name for field, _ in request.ListFields()]})
+            before = to_message(row)
             await account.update(session, row, request)
+            call.audit(row[0].id, org_id=row[1].id, **diff(before, to_message(row)))
             return row
 
         return to_message(await call.run(work))
 
     async def DeleteUser(self, request: user_service_pb2.DeleteUserRequest, call: Call) -> user_pb2.User:
-        return await self._with(call, request.id, lifecycle.delete)
+        return await self._with(call, request.id, lambda session, row: lifecycle.delete(session, row, call))
+
+    async def DeleteSelf(self, request: user_service_pb2.DeleteSelfRequest, call: Call) -> user_pb2.User:
+        user_id = person_of(call)
+
+        async def work(session: AsyncSession) -> repository.UserRow:
+            row = await repository.lock(session, user_id)
+            if row is None:
+                raise NotFound("user")
+            await heirs.check_handed_over(session, row[0])
+            call.audit(user_id, org_id=row[1].id)
+            await lifecycle.delete(session, row, call)
+            await revoke_all(session, user_id, row[1].id)
+            return row
+
+        return to_message(await call.run(work, ALL))
 
     async def UndeleteUser(self, request: user_service_pb2.UndeleteUserRequest, call: Call) -> user_pb2.User:
         return await self._with(call, request.id, lifecycle.undelete)
@@ -163,8 +185,9 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             row = await repository.lock(session, user_id, with_deleted=True)
             if row is None:
                 raise NotFound("user")
-            call.audit(row[0].id, org_id=row[1].id)
+            before = to_message(row)
             await change(session, row)
+            call.audit(row[0].id, org_id=row[1].id, **diff(before, to_message(row)))
             return row
 
         return to_message(await call.run(work))
@@ -193,7 +216,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
     async def sync(self, session: AsyncSession, call: Call, request: user_service_pb2.SyncClerkUserRequest) -> tuple[str, str]:
         """Applies what Clerk said: (user id or "", what happened)."""
         if request.deleted:
-            user_id, outcome = await clerk.forget(session, request)
+            user_id, outcome = await clerk.forget(session, request, call)
             call.audit(user_id, after={"outcome": outcome})
             return user_id, outcome
         if await clerk.is_gone(session, request.clerk_user_id):
@@ -210,20 +233,21 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         user.clerk_event_at = to_datetime(request.occurred_at)
         return user.id, "linked or made"
 
-    async def retry_username(self, call: Call, work: Callable[[AsyncSession], Awaitable[T]], named: bool) -> T:
-        """Repeats when another call took the made-up username, the identity or the address in the same moment."""
+    async def retry_username(self, call: Call, work: Callable[[AsyncSession], Awaitable[T]], named: bool, tenant: str = "") -> T:
+        """Repeats when another call took the made-up username, the identity or the address in the same moment. ``tenant``: see Call.run."""
         for attempt in range(_TRIES):
             try:
-                return await call.run(work)  # type: ignore[no-any-return]
+                return await call.run(work, tenant)  # type: ignore[no-any-return]
             except IntegrityError as error:
                 if named or attempt == _TRIES - 1:
                     raise
                 last: Error | IntegrityError = error
         raise last
 
-    async def _create(
+    async def create(
         self, session: AsyncSession, call: Call, wish: user_pb2.User, verified: bool, identity: user_pb2.Identity | None
     ) -> repository.UserRow:
+        """Makes a user with the personal organization, in the caller's transaction; AlreadyExists when the address is taken."""
         email = normal_email(wish.email)
         user, organization = User(id=ids.new("usr")), Organization(id=ids.new("org"))
         assign(user, wish)
@@ -244,7 +268,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
         if identity:
             _link(session, user, identity)
         await session.flush()
-        call.audit(user.id, org_id=organization.id, after={"username": user.username})
+        call.audit(user.id, org_id=organization.id, **diff(None, to_message((user, organization))))
         return user, organization
 
 

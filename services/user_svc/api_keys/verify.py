@@ -1,0 +1,56 @@
+"""Whether a key holds, and for what: the hot path of every call that is made with one."""
+
+import time
+from collections.abc import Awaitable, Callable
+
+from clawplane.user.v1 import api_key_service_pb2 as rpc
+from services.kit.feed import Remembered
+from services.kit.known_keys import KnownKey, Uses
+
+Hit = Callable[[str, str], Awaitable[float]]
+"""(subject, rate) -> 0 when the call is within the rate, else the seconds to wait."""
+_NOT_FOUND = rpc.VerifyApiKeyResponse(outcome=rpc.API_KEY_OUTCOME_NOT_FOUND)
+
+
+class Verifier:
+    """Answers VerifyApiKey. A key that is known costs one look-up, and its answer was made when it was read."""
+
+    def __init__(
+        self, find: Callable[[str], Awaitable[KnownKey | None]], known: "Remembered[KnownKey | None]", uses: Uses, hit: Hit
+    ) -> None:  # fmt: skip
+        self.find, self.known, self.uses, self.hit = find, known, uses, hit
+
+    async def __call__(self, request: rpc.VerifyApiKeyRequest) -> rpc.VerifyApiKeyResponse:
+        """The answer; it is shared, so nobody may change it."""
+        if request.uncounted:
+            # Who remembers the answer may have heard of a change before this process has, and would keep what was true before it.
+            found = await self.find(request.key)
+        else:
+            found = self.known.peek(request.key) or await self.known(request.key)
+        if found is None:
+            return _NOT_FOUND
+        if not found.holds:
+            return _but(found, outcome=rpc.API_KEY_OUTCOME_DISABLED)
+        if found.ends_at <= time.time():
+            return _but(found, outcome=rpc.API_KEY_OUTCOME_EXPIRED)
+        answer: rpc.VerifyApiKeyResponse = found.answer
+        if request.permissions and (missing := set(request.permissions).difference(answer.permissions)):
+            return _but(found, outcome=rpc.API_KEY_OUTCOME_INSUFFICIENT_PERMISSIONS, missing_permissions=sorted(missing))
+        if request.uncounted:
+            return answer
+        if answer.rate and (wait_s := await self.hit(f"key:{answer.key_id}", answer.rate)):
+            limited = _but(found, outcome=rpc.API_KEY_OUTCOME_RATE_LIMITED)
+            limited.retry_after.FromMilliseconds(max(1, int(wait_s * 1000)))
+            return limited
+        self.uses.note(found.caller.key_id)
+        return answer
+
+
+def _but(found: KnownKey, **other: object) -> rpc.VerifyApiKeyResponse:
+    """What is known of a key, with another outcome; a key that does not hold may nothing."""
+    answer = rpc.VerifyApiKeyResponse()
+    answer.CopyFrom(found.answer)
+    if other["outcome"] in (rpc.API_KEY_OUTCOME_DISABLED, rpc.API_KEY_OUTCOME_EXPIRED):
+        answer.ClearField("permissions")
+    answer.MergeFrom(rpc.VerifyApiKeyResponse(**other))  # type: ignore[arg-type]
+    return answer
