@@ -23,11 +23,8 @@ WIRE = tests/test_auth.py tests/test_sessions.py tests/test_bad_input.py tests/t
 	tests/test_event_streams.py tests/test_races.py tests/test_tenancy.py tests/test_watch.py tests/test_workers.py \
 	$(addprefix tests/kit/test_kit_,idempotency.py intake.py limits.py rpc.py server.py streams.py transport.py)
 
-# What the gateway adds to an answer, and which field an error names, depends on no transport.
-OF_THE_WIRE = not over_http and not told_by_field
-
 native: $(VENV)/test.stamp ## contract, tenancy, streams, drain and the rest of the wire on the native transport
-	CLAWPLANE_TRANSPORT=native $(BIN)/python -m pytest --engine postgres -n 2 --dist loadgroup -k "$(OF_THE_WIRE)" $(WIRE) $(ARGS)
+	CLAWPLANE_TRANSPORT=native $(BIN)/python -m pytest --engine postgres -n 2 --dist loadgroup $(WIRE) $(ARGS)
 
 lint: $(VENV)/lint.stamp ## ruff, mypy, buf lint, buf breaking, architecture tests
 	$(BIN)/ruff check .
