@@ -226,16 +226,22 @@ async def test_a_provider_that_fails_is_told_and_leaves_nothing(door: Door) -> N
     assert await refusal(door.finish(request)) == UNAVAILABLE
 
 
-async def test_keys_that_the_provider_changes_are_read_anew(databases: Databases, simulator: OAuthSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_keys_that_the_provider_changes_are_read_anew(databases: Databases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.user_svc.oauth.oidc._REFRESH_S", 0.0)
-    async with running(tmp_path, databases.make(), user=simulator.settings()) as stack:
-        await simulator.post("/control/register", {"redirect_uri": f"{stack.url}/dashboard/oauth/callback"})
-        await simulator.post("/control/fault", {"pattern": "configuration", "fault": {"status": 503}})
-        door = Door(stack, simulator)
-        assert await refusal(stack.oauth.StartOAuth(rpc.StartOAuthRequest(provider="google", browser_token=door.browser))) == UNAVAILABLE
-        for _ in range(2):
-            assert (await door.finish(await door.back_as("google", **google()))).token
-            await simulator.post("/control/rotate", {})
+    # A provider of its own: whoever else had just read the keys would refuse the new ones for a while.
+    with OAuthSimulator() as simulator:
+        async with running(tmp_path, databases.make(), user=simulator.settings()) as stack:
+            await _keys_change(stack, simulator)
+
+
+async def _keys_change(stack: Stack, simulator: OAuthSimulator) -> None:
+    await simulator.post("/control/register", {"redirect_uri": f"{stack.url}/dashboard/oauth/callback"})
+    await simulator.post("/control/fault", {"pattern": "configuration", "fault": {"status": 503}})
+    door = Door(stack, simulator)
+    assert await refusal(stack.oauth.StartOAuth(rpc.StartOAuthRequest(provider="google", browser_token=door.browser))) == UNAVAILABLE
+    for _ in range(2):
+        assert (await door.finish(await door.back_as("google", **google()))).token
+        await simulator.post("/control/rotate", {})
 
 
 async def test_where_a_sign_in_goes_on(door: Door) -> None:
