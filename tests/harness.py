@@ -25,8 +25,11 @@ from clawplane.deployment.v1 import (
     deployment_service_pb2_grpc,
     model_call_service_pb2_grpc,
     payment_service_pb2_grpc,
+    price_service_pb2_grpc,
     provider_service_pb2_grpc,
+    quota_service_pb2_grpc,
     sandbox_service_pb2_grpc,
+    usage_reservation_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
 from clawplane.user.v1 import (
@@ -175,6 +178,9 @@ class Stack:
         self.model_calls = model_call_service_pb2_grpc.ModelCallServiceStub(self.channel)
         self.providers = provider_service_pb2_grpc.ProviderServiceStub(self.channel)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(self.channel)
+        self.prices = price_service_pb2_grpc.PriceServiceStub(self.channel)
+        self.quotas = quota_service_pb2_grpc.QuotaServiceStub(self.channel)
+        self.reservations = usage_reservation_service_pb2_grpc.UsageReservationServiceStub(self.channel)
         self.sandbox = sandbox_service_pb2_grpc.SandboxServiceStub(self.channel)
         self.operator: Metadata = (("authorization", f"Bearer {self.keys['operator_token']}"),)
         self.http = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=20)

@@ -22,7 +22,12 @@ from clawplane.deployment.v1 import (
     deployment_pb2,
     deployment_service_pb2,
     model_call_service_pb2,
+    price_pb2,
+    price_service_pb2,
+    quota_pb2,
+    quota_service_pb2,
     usage_event_pb2,
+    usage_reservation_service_pb2,
     usage_service_pb2,
 )
 from clawplane.user.v1 import api_key_service_pb2, invitation_service_pb2, user_pb2, user_service_pb2
@@ -30,6 +35,7 @@ from clawplane.user.v1.organization_pb2 import Role
 from services.deployment_svc.base import Base as DeploymentBase
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.models import PaymentSession
+from services.deployment_svc.usage.models import UsageEvent
 from services.kit import ids, keys
 from services.kit.columns import Identifier, Tenant, now
 from services.kit.db import ALL, Database
@@ -44,7 +50,7 @@ from services.user_svc.organizations.roles import OF_PEOPLE_ALONE, PERMISSIONS
 from services.user_svc.sessions import repository as sessions
 from services.user_svc.sessions.models import Session
 from services.user_svc.users.models import User
-from tests.harness import Metadata, Person, Stack, running
+from tests.harness import Metadata, Person, Stack, eventually, running
 from tests.valid import LISTED, Maker, Request
 
 BASES = {"user_svc": UserBase, "deployment_svc": DeploymentBase}
@@ -85,9 +91,11 @@ class Victim:
     """Of his API key."""
 
     def values(self, name: str) -> list[Any]:
-        """The texts and numbers in the columns of a name; of a token, which no column holds, the text itself."""
+        """The texts and numbers in the columns of a name; of a token, which no column holds, the text itself; of an event of usage its id."""
         if name == "token":
             return list(self.tokens)
+        if name == "event_id":
+            return [row["id"] for row in self.rows.get(UsageEvent.__table__, [])]
         found = (row.get(name) for rows in self.rows.values() for row in rows)
         return list(dict.fromkeys(value for value in found if isinstance(value, str | int) and value))
 
@@ -215,6 +223,10 @@ class Scene:
         await self._at_polar(await self.order(person, LISTED["model"]), f"checkout-{tag}")
         event = usage_event_pb2.UsageEvent(id=str(ids.uuid7()), provider="openai", model="gpt-3.2", tokens_in=1, deployment_id=d.id)
         await stack.usage.RecordUsage(usage_service_pb2.RecordUsageRequest(event=event), metadata=person.metadata)
+        await self._limited(person)
+        # The first one is the victim's own to settle; that of the endpoint is not.
+        held = usage_reservation_service_pb2.ReserveUsageRequest(provider="openai", model="gpt-3.2", tokens_in=1)
+        await stack.reservations.ReserveUsage(held, metadata=person.metadata)
         opened = model_call_service_pb2.OpenModelCallRequest(provider="openai", model="gpt-3.2", tokens_in_estimate=1, max_tokens=1)
         await stack.model_calls.OpenModelCall(opened, metadata=person.metadata)
         said = user_service_pb2.SyncClerkUserRequest(external_id=tag, clerk_user_id=f"clerk_{tag}", email=user.email, full_name="Victim")
@@ -222,10 +234,26 @@ class Scene:
         await stack.users.SyncClerkUser(said, metadata=stack.operator)
         excluded = blacklist_service_pb2.AddBlacklistEntryRequest(provider_address=f"provider-{tag}", reason=f"asked for by {user.email}")
         await stack.blacklist.AddBlacklistEntry(excluded, metadata=stack.operator)
+        price = price_pb2.Price(provider="openai", model=user.email, tokens_in="1", tokens_out="1")
+        await stack.prices.CreatePrice(price_service_pb2.CreatePriceRequest(price=price), metadata=stack.operator)
         asked = invitation_service_pb2.CreateInvitationRequest(email=f"{tag}@guest.example", role=Role.ROLE_VIEWER)
         await stack.invitations.CreateInvitation(asked, metadata=person.metadata)
         tokens = (await self._signed_in(person), await self._invited(person))
         return Victim(person, await self._rows_of(person), tokens, key.key)
+
+    async def _limited(self, person: Person) -> None:
+        """A limit that is used up, and what is told of that."""
+        limit = quota_pb2.Quota(
+            org_id=person.org_id, scope=quota_pb2.QUOTA_SCOPE_ORGANIZATION, period=quota_pb2.QUOTA_PERIOD_MONTH,
+            unit=quota_pb2.QUOTA_UNIT_TOKENS, amount="1", soft=True,
+        )  # fmt: skip
+        await self.stack.quotas.SetQuota(quota_service_pb2.SetQuotaRequest(quota=limit), metadata=self.stack.operator)
+
+        async def told() -> bool:
+            asked = quota_service_pb2.ListQuotaNoticesRequest()
+            return len((await self.stack.quotas.ListQuotaNotices(asked, metadata=person.metadata)).notices) == 3
+
+        await eventually(told)
 
     async def _invited(self, person: Person) -> str:
         """The token of an invitation into somebody else's organization."""
@@ -355,7 +383,7 @@ class Scene:
 @asynccontextmanager
 async def scene_on(folder: Path, urls: dict[str, str], market_url: str) -> AsyncIterator[Scene]:
     """A scene on empty databases; running bots are looked at so seldom that no loop writes meanwhile."""
-    options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market_url}, "watch_s": 3600, "poll_s": 0.3}
+    options = {"driver": "tests.simulators.market:MarketDriver", "driver_options": {"url": market_url}, "watch_s": 3600, "poll_s": 0.3, "limits_s": 0.2}
     async with running(folder, urls, deployment=options | {"audit_seal_s": 3600}, user={"audit_seal_s": 3600}) as stack:
         scene = Scene(stack)
         await scene.set_up()

@@ -3,13 +3,14 @@
 import ast
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("services/**/*.py"), *ROOT.glob("gateway/**/*.py")])
+SOURCES = sorted([*ROOT.glob("services/**/*.py"), *ROOT.glob("gateway/**/*.py"), *ROOT.glob("clients/**/*.py")])
 FEATURES = ("user_svc", "deployment_svc")
 
 
@@ -29,7 +30,7 @@ def under(*parts: str) -> list[Path]:
 
 
 def test_the_top_level_is_fixed() -> None:
-    for name in ("proto", "services/user_svc", "services/deployment_svc", "gateway", "migrations", "tests"):
+    for name in ("proto", "services/user_svc", "services/deployment_svc", "gateway", "clients", "migrations", "tests"):
         assert (ROOT / name).is_dir(), name
 
 
@@ -69,6 +70,12 @@ def test_the_gateway_imports_stubs_and_the_kit_only() -> None:
         assert not [name for name in imports(path) if name.startswith(("services.kit.db", "services.kit.columns"))], path
 
 
+def test_clients_need_stubs_and_grpc_only() -> None:
+    known = {*sys.stdlib_module_names, "clawplane", "clawplane_client", "google", "grpc"}
+    for path in under("clients", "python"):
+        assert not [name for name in imports(path) if name.partition(".")[0] not in known], path
+
+
 def test_clawplane_stays_a_namespace_package() -> None:
     # An __init__.py in it would hide the stubs of the other folders.
     assert not list(ROOT.glob("**/clawplane/__init__.py"))
@@ -97,6 +104,8 @@ def test_features_do_not_go_around_the_tenant_filter() -> None:
     allowed = {
         "services/deployment_svc/deployments/models.py": {"text"},
         "services/deployment_svc/payments/models.py": {"text"},
+        "services/deployment_svc/quotas/models.py": {"text"},
+        "services/deployment_svc/usage_reservations/models.py": {"text"},
         "services/user_svc/invitations/models.py": {"text"},
         "services/user_svc/organizations/models.py": {"text"},
         "services/user_svc/users/models.py": {"text"},

@@ -30,8 +30,8 @@ from tests.browser import history
 from tests.conftest import Databases
 from tests.harness import Person, Stack, eventually, running
 
-PAGES = ("", "/deployments", "/deployments/new", "/usage", "/usage?days=90&show=tokens", "/providers", "/providers/outcomes", "/webhooks", "/webhooks?of=people", "/users")
-OPERATORS = ("/providers", "/providers/outcomes", "/webhooks", "/webhooks?of=people", "/users")
+PAGES = ("", "/deployments", "/deployments/new", "/usage", "/usage?days=90&show=tokens", "/usage?by=key&days=1", "/prices", "/providers", "/providers/outcomes", "/webhooks", "/webhooks?of=people", "/users")
+OPERATORS = ("/prices", "/providers", "/providers/outcomes", "/webhooks", "/webhooks?of=people", "/users")
 COOKIE = "clawplane"
 
 

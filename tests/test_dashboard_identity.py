@@ -15,7 +15,8 @@ import pytest
 from clawplane.user.v1 import api_key_service_pb2, member_service_pb2, session_service_pb2
 from gateway.dashboard.account import device
 from gateway.dashboard.api_keys import groups
-from gateway.dashboard.audit import _cell, deed
+from gateway.dashboard.audit import deed
+from gateway.exports import guarded
 from gateway.settings import GatewaySettings
 from services.kit import devkeys
 from services.kit.columns import now
@@ -441,7 +442,7 @@ async def test_the_audit_log_and_its_files(stack: Stack) -> None:
 def test_what_is_written_for_people_and_spreadsheets() -> None:
     assert deed("/clawplane.user.v1.ApiKeyService/CreateApiKey") == "Create API key" and deed("/x/FinishOAuth") == "Finish OAuth"
     assert deed("/x/SignInWithCode") == "Sign in with code"
-    assert (_cell("=1+1"), _cell("@x"), _cell("plain"), _cell(5)) == ("'=1+1", "'@x", "plain", "5")
+    assert [guarded(text) for text in ("=1+1", "@x", "plain", "-5.25", "-5-5")] == ["'=1+1", "'@x", "plain", "-5.25", "'-5-5"]
     assert groups(["usage.read", "api_keys.list"]) == {"API keys": [("api_keys.list", "List")], "Usage": [("usage.read", "Read")]}
     chrome = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/131.0.0.0 Safari/537.36"
     assert (device(chrome), device("grpc-python/1.85"), device("")) == ("Chrome on Linux", "grpc-python", "Unknown device")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,15 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from clawplane.deployment.v1 import model_call_service_pb2, usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import (
+    model_call_service_pb2,
+    quota_pb2,
+    quota_service_pb2,
+    usage_event_pb2,
+    usage_reservation_pb2,
+    usage_reservation_service_pb2,
+    usage_service_pb2,
+)
 from clawplane.user.v1 import user_service_pb2
 from gateway.models.upstreams import Upstream
 from services.user_svc.settings import TIERS, Tier
@@ -187,6 +196,43 @@ async def test_a_caller_who_leaves_is_counted_all_the_same(models: Stack, caller
     assert (await upstream.calls())[caller.user.id]["ended"]
 
 
+async def test_a_long_stream_is_neither_cut_nor_abandoned(models: Stack, caller: Person) -> None:
+    """It takes longer than a call is held for without being renewed: what it holds and what it uses is counted throughout."""
+    answer = asyncio.create_task(post(models, caller, ask({"max_tokens": 200}, stream=True, chunks=120, sleep_s=0.07)))
+    for _ in range(8):
+        await asyncio.sleep(1)
+        if not answer.done():
+            listed = await models.reservations.ListUsageReservations(
+                usage_reservation_service_pb2.ListUsageReservationsRequest(), metadata=caller.metadata
+            )
+            assert [one.state for one in listed.reservations] == [usage_reservation_pb2.USAGE_RESERVATION_STATE_HELD]
+    said = (await answer).text
+    assert said.count("word ") == 120 and said.rstrip().endswith("[DONE]")
+    (event,) = await events(models, caller)
+    assert (event.tokens_out, event.estimated) == (120, False)
+
+
+async def test_used_up_limits_are_told_in_seconds(models: Stack, caller: Person) -> None:
+    """An hour's tokens: 429 and when it is worth trying again; what only calls under way keep out, soon."""
+    limit = quota_pb2.Quota(
+        org_id=caller.org_id, scope=quota_pb2.QUOTA_SCOPE_ORGANIZATION, period=quota_pb2.QUOTA_PERIOD_HOUR, unit=quota_pb2.QUOTA_UNIT_TOKENS,
+        amount="500",
+    )  # fmt: skip
+    await models.quotas.SetQuota(quota_service_pb2.SetQuotaRequest(quota=limit), metadata=models.operator)
+    under_way = asyncio.create_task(post(models, caller, ask({"max_tokens": 400}, stream=True, chunks=100, sleep_s=0.02)))
+    await asyncio.sleep(0.7)
+    busy = await post(models, caller, ask({"max_tokens": 400}))
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "5")
+    assert (await under_way).status_code == 200
+    # 100 tokens were used of the 400 that were held, and so there is room again.
+    assert (await post(models, caller, ask({"max_tokens": 250}, chunks=250))).status_code == 200
+    full = await post(models, caller, ask({"max_tokens": 400}))
+    left_s = 3600 - time.time() % 3600
+    assert full.status_code == 429 and left_s - 10 < int(full.headers["retry-after"]) <= left_s + 10
+    error = full.json()["error"]
+    assert error["type"] == "rate_limit_error" and "limit of 500 tokens an hour" in error["message"]
+
+
 async def test_credit_is_never_overrun(models: Stack, caller: Person) -> None:
     # $10: the answer of 8,000 tokens may cost 0.2; so 50 of them at most, however many are asked for at once.
     opened = model_call_service_pb2.OpenModelCallRequest(provider="anthropic", model=MODEL, tokens_in_estimate=0, max_tokens=8000)
@@ -215,7 +261,7 @@ async def test_a_tier_without_a_limit(models: Stack, caller: Person) -> None:
     await models.users.UpdateUserAccount(account, metadata=models.operator)
 
     async def allowed() -> bool:
-        opened = model_call_service_pb2.OpenModelCallRequest(provider="anthropic", model=MODEL, tokens_in_estimate=2_000_000)
+        opened = model_call_service_pb2.OpenModelCallRequest(provider="anthropic", model=MODEL, tokens_in_estimate=1_990_000)
         try:
             await models.model_calls.OpenModelCall(opened, metadata=caller.metadata)
         except grpc.aio.AioRpcError:

@@ -21,12 +21,16 @@ import sys
 import grpc
 from clawplane.deployment.v1 import deployment_service_pb2 as pb
 from clawplane.deployment.v1 import deployment_service_pb2_grpc as rpc
+from clawplane_client import UsageRecorder
 
 target, token, deployment_id = sys.argv[1:]
 with grpc.insecure_channel(target) as channel:
     stub = rpc.DeploymentServiceStub(channel)
     found = stub.GetDeployment(pb.GetDeploymentRequest(id=deployment_id), metadata=[("authorization", f"Bearer {token}")])
     print(found.id, pb.GetDeploymentRequest.DESCRIPTOR.file.package)
+with UsageRecorder(target, token) as usage:
+    usage.record(provider="anthropic", model="claude-opus-4.5", tokens_in=10, deployment_id=found.id)
+print(usage.stats.accepted)
 """
 
 
@@ -68,19 +72,20 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str
         assert process.wait(20) == 0
 
 
+@pytest.mark.timeout(300)
 def test_ten_lines_with_the_wheel(up: tuple[str, str, str, str], tmp_path: Path) -> None:
     target, _, token, deployment_id = up
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT))
-    wheel = next(tmp_path.glob("clawplane-*.whl"))
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT), str(ROOT / "clients" / "python"))
+    wheels = [str(next(tmp_path.glob(f"{name}-*.whl"))) for name in ("clawplane", "clawplane_client")]
     run(sys.executable, "-m", "venv", str(tmp_path / "empty"))
     python = str(tmp_path / "empty" / "bin" / "python")
     # The stubs need the three packages that they import, in the versions of the wheel's own pins; nothing of this checkout.
     run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--require-hashes", "-r", str(ROOT / "requirements.txt"))
-    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", str(wheel))
+    run(python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", *wheels)
     (tmp_path / "client.py").write_text(CLIENT)
     said = run(python, str(tmp_path / "client.py"), target, token, deployment_id, cwd=tmp_path, env={"PATH": os.environ["PATH"]})
-    assert said.split() == [deployment_id, "clawplane.deployment.v1"]
-    print(f"the wheel's client got {deployment_id}")
+    assert said.split() == [deployment_id, "clawplane.deployment.v1", "1"]
+    print(f"the wheel's client got {deployment_id}, and counted what it cost")
 
 
 def test_reflection_lists_every_service_and_calls_one(up: tuple[str, str, str, str], tmp_path: Path) -> None:

@@ -201,3 +201,38 @@ async def test_events_are_listed_in_pages_latest_first(stack: Stack, person: Per
     window = rpc.ListUsageRequest(start=now - timedelta(minutes=1, seconds=30), end=now - timedelta(seconds=30))
     assert {one.id for one in (await stack.usage.ListUsage(window, metadata=person.metadata)).events} == {"list-2", "list-3"}
     assert not (await stack.usage.ListUsage(rpc.ListUsageRequest(), metadata=stranger.metadata)).events
+
+
+NASTY = ['"', "\\", '\\"', "{}", "a,b", "NULL", "null", "é\n\t", "\x1f", "💥", "'", "{\"a\"}", " ", "\\\\n"]
+
+
+async def test_any_text_is_stored_as_it_is(stack: Stack, person: Person) -> None:
+    """Singly and in a batch large enough for columns that are written once."""
+    for count in (1, 150):
+        events = [event(operation_id=NASTY[n % len(NASTY)] if count > 1 else NASTY[2], metadata={text: text for text in NASTY}) for n in range(count)]
+        answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=events), metadata=person.metadata)
+        assert answer.accepted == count, answer
+        stored = {one.id: one for one in (await stack.usage.ListUsage(rpc.ListUsageRequest(page_size=250), metadata=person.metadata)).events}
+        for sent in events:
+            found = stored[sent.id]
+            assert (found.operation_id, dict(found.metadata)) == (sent.operation_id, dict(sent.metadata))
+            assert (found.agent_id, found.user_id, found.attempt, found.stated_cost) == ("", person.user.id, 0, "")
+
+
+async def test_columns_of_all_kinds_of_batches_are_what_was_sent(stack: Stack, person: Person) -> None:
+    """Whatever columns happen to say the same in all rows of a batch."""
+    chance, agents = random.Random(5), [ids.new("agnt") for _ in range(3)]
+    columns: dict[str, list[object]] = {
+        "agent_id": ["", *agents], "thread_id": ["", ids.new("thrd")], "project_id": ["", ids.new("prj")], "tokens_out": [0, 5], "attempt": [0, 1],
+        "operation_id": ["", "op"], "latency_ms": [0, 70], "status": [0, 2], "type": [0, 3], "model": ["a", "gpt-3.2"],
+    }  # fmt: skip
+    for _ in range(20):
+        fixed = {name: chance.choice(values) for name, values in columns.items() if chance.random() < 0.6}
+        events = [event(**({name: chance.choice(values) for name, values in columns.items()} | fixed)) for _ in range(120)]
+        answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=events), metadata=person.metadata)
+        assert answer.accepted == 120
+        stored = {one.id: one for one in (await stack.usage.ListUsage(rpc.ListUsageRequest(page_size=250), metadata=person.metadata)).events}
+        for sent in events:
+            found = stored[sent.id]
+            unset = {"type": pb.USAGE_TYPE_CHAT, "status": pb.USAGE_STATUS_OK}
+            assert {name: getattr(found, name) for name in columns} == {name: getattr(sent, name) or unset.get(name, getattr(sent, name)) for name in columns}

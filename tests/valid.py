@@ -19,9 +19,11 @@ _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER, 
 _IGNORED_WHEN_EMPTY = 1
 LISTED = {
     "model": "gpt-3.2", "clawplane.deployment.v1.OpenModelCallRequest.provider": "openai",
+    "clawplane.deployment.v1.ReserveUsageRequest.provider": "openai", "clawplane.deployment.v1.Quota.amount": "1000000",
     # An address that is nobody's: that of a member cannot be invited.
     "clawplane.user.v1.CreateInvitationRequest.email": "nobody@elsewhere.example",
     "clawplane.user.v1.ApiKey.permissions": "usage.read", "clawplane.user.v1.ApiKey.rate": "60/minute",
+    "clawplane.deployment.v1.ImportPricesRequest.yaml": 'prices: [{provider: imported, model: m, tokens_in: "1", tokens_out: "2"}]',
 }  # fmt: skip
 """What only a service's settings allow: no descriptor says it. By the name of a field, in one message or in all."""
 Values = Callable[[str], Sequence[Any]]
@@ -169,7 +171,7 @@ class Maker:
             broken = next(iter(protovalidate.collect_violations(message)), None)
             if broken is None:
                 return
-            elements = broken.proto.field.elements
+            elements = broken.proto.field.elements if broken.proto.field is not None else ()
             choices = message.DESCRIPTOR.oneofs_by_name
             name = elements[0].field_name if elements else broken.proto.message.partition(":")[0]
             self._fix(message, choices[name].fields[0] if name in choices else message.DESCRIPTOR.fields_by_name[name])
@@ -210,7 +212,7 @@ def _made_up(field: FieldDescriptor) -> Iterable[Any]:
         return [1, 10, 1000]
     text = str(ids.uuid7())
     listed = getattr(rules.repeated.items.string if field.is_repeated else rules.string, "in")
-    return [*listed, text, f"{text}@example.com", f"https://example.com/{text}", text.replace("-", ""), f"t{text[-12:]}", "1.0.0", "usd"]
+    return [*listed, text, f"{text}@example.com", f"https://example.com/{text}", text.replace("-", ""), f"t{text[-12:]}", "1.0.0", "usd", "1"]
 
 
 def _best(message: Any, field: FieldDescriptor, candidates: Iterable[Any]) -> None:

@@ -1,7 +1,5 @@
 """The audit log: who did what, what changed by it, and all of it as a file."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import AsyncIterator
@@ -16,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from clawplane.audit.v1 import audit_event_pb2
 from clawplane.user.v1 import member_service_pb2
+from gateway import exports
 from gateway.dashboard.render import HEADERS, render
 from gateway.dashboard.visit import Visit
 from gateway.errors import from_rpc, invalid
@@ -28,7 +27,6 @@ COLUMNS = (
 """Of the CSV."""
 _PAGE_SIZE = 50
 _EXPORT_S = 600
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 async def index(visit: Visit) -> Response:
@@ -102,22 +100,11 @@ async def _ndjson(events: AsyncIterator[audit_event_pb2.AuditEvent]) -> AsyncIte
 
 
 async def _csv(events: AsyncIterator[audit_event_pb2.AuditEvent]) -> AsyncIterator[str]:
-    yield _row(COLUMNS)
+    yield exports.line(COLUMNS)
     async for event in events:
         values: dict[str, Any] = MessageToDict(event, preserving_proto_field_name=True)
-        yield _row([_cell(values.get(name, "")) for name in COLUMNS])
-
-
-def _row(cells: Any) -> str:
-    out = io.StringIO()
-    csv.writer(out).writerow(cells)
-    return out.getvalue()
-
-
-def _cell(value: Any) -> str:
-    """A value as text that no spreadsheet takes for a formula."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return f"'{text}" if text.startswith(_FORMULA) else text
+        cells = [values.get(name, "") for name in COLUMNS]
+        yield exports.line(exports.guarded(cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)) for cell in cells)
 
 
 def deed(method: str) -> str:
@@ -140,4 +127,3 @@ def _said(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return "" if value is None else json.dumps(value, ensure_ascii=False)
-

@@ -1,12 +1,12 @@
 """Home: what runs, what it cost this month, what needs attention."""
 
 from datetime import UTC, datetime
-from decimal import Decimal
 
 from starlette.responses import Response
 
-from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, provider_pb2, provider_service_pb2, usage_service_pb2
+from clawplane.deployment.v1 import deployment_pb2, deployment_service_pb2, provider_pb2, provider_service_pb2, quota_pb2, usage_service_pb2
 from clawplane.user.v1 import entitlement_service_pb2
+from gateway.dashboard import quotas
 from gateway.dashboard.render import render
 from gateway.dashboard.visit import Visit
 
@@ -24,23 +24,24 @@ async def home(visit: Visit) -> Response:
     month = usage_service_pb2.SummarizeUsageRequest(group_by=[usage_service_pb2.USAGE_GROUP_DEPLOYMENT])
     month.start.FromDatetime(datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0))
     listing = services.deployments.ListDeployments
-    counted, running, attention, usage, limits, providers = await visit.calls(
+    counted, running, attention, usage, limits, checked, providers = await visit.calls(
         visit.call(services.deployments.SummarizeDeployments, deployment_service_pb2.SummarizeDeploymentsRequest()),
         visit.call(listing, deployment_service_pb2.ListDeploymentsRequest(states=RUNNING, page_size=_SHOWN)),
         visit.call(listing, deployment_service_pb2.ListDeploymentsRequest(states=ATTENTION, page_size=_SHOWN)),
         visit.call(services.usage.SummarizeUsage, month),
         visit.call(services.entitlements.GetEntitlements, entitlement_service_pb2.GetEntitlementsRequest()),
+        quotas.checked(visit),
         _unwell(visit),
     )
     counts = {one.state: one.count for one in counted.counts}
-    spent, credit = Decimal(usage.total.cost or "0"), Decimal(limits.monthly_credit_minor) / 100
+    meters = [quotas.meter(one, usage.total.currency) for one in checked]
     return render(
         "home.html", visit, page="home", counts=counts, total=counted.total, running=running.deployments, attention=attention.deployments,
         more_running=sum(counts.get(state, 0) for state in RUNNING) - len(running.deployments),
         more_attention=sum(counts.get(state, 0) for state in ATTENTION) - len(attention.deployments),
         usage=usage.total, costs={one.deployment_id: one for one in usage.sums}, limits=limits, providers=providers,
-        spent_share=min(100, int(100 * spent / credit)) if credit else 0,
-        live=sum(counts.get(state, 0) for state in LIVE),
+        money_meter=quotas.monthly(meters, quota_pb2.QUOTA_UNIT_MONEY), token_meter=quotas.monthly(meters, quota_pb2.QUOTA_UNIT_TOKENS),
+        tight=[one for one in meters if one.percent >= quotas.NEARLY], live=sum(counts.get(state, 0) for state in LIVE),
     )  # fmt: skip
 
 

@@ -131,6 +131,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def short_count(number: int) -> str:
+    """A number where there is little room: 12,345 and 1.23 M."""
+    return f"{number:,}" if number < 1_000_000 else f"{number / 1_000_000:,.4g} M"
+
+
 def with_query(query: Mapping[str, str], **changes: Any) -> str:
     """A query with some of its values changed; empty ones are left out."""
     kept = {name: str(value) for name, value in {**query, **changes}.items() if value not in ("", None)}
@@ -162,7 +167,8 @@ def _environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
     )
-    made.filters |= {"ago": ago, "count": count, "payload": payload, "capitalize_first": _capitalize_first}
+    made.filters |= {"ago": ago, "count": count, "short_count": short_count, "decimal": Decimal, "payload": payload}
+    made.filters["capitalize_first"] = _capitalize_first
     made.globals |= {
         "money": exact_money, "small_money": small_money, "price": price, "with_query": with_query, "link": link,
         "STATES": STATES, "HEALTH": HEALTH,
@@ -187,6 +193,9 @@ NOTICES = {
     "rotate": "The bot is being started again with a new key.",
     "excluded": "The provider gets no more bots.",
     "admitted": "The provider may make offers again.",
+    "priced": "The price is in the book. What is used from then on is priced by it; price anew what is stored.",
+    "price-ended": "The price has an end.",
+    "imported": "The prices are in the book.",
     "replayed": "The event was applied again.",
     "signed-out": "You are signed out.",
     "password-set": "The password is set. Every session has ended: sign in with the new one.",

@@ -9,7 +9,9 @@ from clawplane.deployment.v1 import (
     blacklist_service_pb2_grpc,
     deployment_service_pb2_grpc,
     model_call_service_pb2_grpc,
+    price_service_pb2_grpc,
     provider_service_pb2_grpc,
+    quota_service_pb2_grpc,
     usage_service_pb2_grpc,
 )
 from clawplane.deployment.v1 import webhook_service_pb2_grpc as payment_webhooks
@@ -56,6 +58,8 @@ class Services:
         self.deployments = deployment_service_pb2_grpc.DeploymentServiceStub(deployments)
         self.models = model_call_service_pb2_grpc.ModelCallServiceStub(deployments)
         self.usage = usage_service_pb2_grpc.UsageServiceStub(deployments)
+        self.quotas = quota_service_pb2_grpc.QuotaServiceStub(deployments)
+        self.prices = price_service_pb2_grpc.PriceServiceStub(deployments)
         self.providers = provider_service_pb2_grpc.ProviderServiceStub(deployments)
         self.blacklist = blacklist_service_pb2_grpc.BlacklistServiceStub(deployments)
         self.deployment_audit = deployment_audit.AuditServiceStub(deployments)

@@ -19,6 +19,7 @@ from gateway.models import openai
 from gateway.models.ask import Asker
 from gateway.models.exchange import Client, Exchange
 from gateway.models.openai import OpenAiError, Wish
+from gateway.models.renew import Renewer
 from gateway.models.settle import Settler
 from gateway.models.upstreams import Upstream, find
 from gateway.transcode import forwarded_metadata
@@ -33,7 +34,7 @@ class Endpoint:
     ) -> None:  # fmt: skip
         self._upstreams, self._timeout_s = list(upstreams), timeout_s
         self._stub = model_call_service_pb2_grpc.ModelCallServiceStub(channel)
-        self.settler = Settler(channel, service_metadata)
+        self.settler, self.renewer = Settler(channel, service_metadata), Renewer(channel, service_metadata)
         self.asker = Asker(upstream_timeout_s)
 
     def routes(self) -> list[BaseRoute]:
@@ -71,6 +72,7 @@ class Endpoint:
     async def close(self) -> None:
         """Ends what is open."""
         await self.settler.drain(5)
+        await self.renewer.close()
         await self.asker.close()
 
 
@@ -89,7 +91,7 @@ class Completions:
         except OpenAiError as error:
             await error.response()(scope, receive, send)
             return
-        await Exchange(self.endpoint.asker, self.endpoint.settler, wish, upstream, call, Client(send)).run()
+        await Exchange(self.endpoint.asker, self.endpoint.settler, self.endpoint.renewer, wish, upstream, call, Client(send)).run()
 
 
 def _refusal(error: ApiError | grpc.aio.AioRpcError) -> OpenAiError:

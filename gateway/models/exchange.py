@@ -16,6 +16,7 @@ from gateway.models import openai
 from gateway.models.ask import Asker, Unanswered
 from gateway.models.openai import OpenAiError, Usage, Wish
 from gateway.models.relay import BrokenStream, Meter
+from gateway.models.renew import Kept, Renewer
 from gateway.models.settle import Settler
 from gateway.models.upstreams import Upstream
 
@@ -24,8 +25,6 @@ _SEND_S = 15.0
 """A caller who takes nothing for so long is gone."""
 _NEVER_WAITS = 32 * 1024
 """So much is buffered, whether or not the caller reads."""
-_MARGIN_S = 20.0
-"""A call ends so long before it would be settled by estimate."""
 _MOST_BYTES = 64 * 1024 * 1024
 _OK, _ERROR = usage_event_pb2.USAGE_STATUS_OK, usage_event_pb2.USAGE_STATUS_ERROR
 
@@ -73,20 +72,20 @@ class Exchange:
     """One call from its opening to its settlement."""
 
     def __init__(
-        self, asker: Asker, settler: Settler, wish: Wish, upstream: Upstream, call: model_call_pb2.ModelCall, client: Client
-    ) -> None:
-        self.asker, self.settler = asker, settler
+        self, asker: Asker, settler: Settler, renewer: Renewer, wish: Wish, upstream: Upstream, call: model_call_pb2.ModelCall,
+        client: Client,
+    ) -> None:  # fmt: skip
+        self.asker, self.settler, self.renewer = asker, settler, renewer
         self.wish, self.upstream, self.call, self.client = wish, upstream, call, client
         self._began = time.monotonic()
-        self._expires = self._began + max(1.0, call.expires_at.ToNanoseconds() / 1e9 - time.time())
         self._meter = Meter(wish.wants_usage)
+        self._kept: Kept | None = None
         self._is_settled = False
 
     async def run(self) -> None:
         """Asks the provider and passes its answer on; whatever happens, the call is settled."""
-        margin = min(_MARGIN_S, (self._expires - self._began) / 2)
         try:
-            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._expires - self._began - margin):
+            async with self.renewer.keep(self.call) as self._kept:
                 answer = await self.asker.ask(self.upstream, self.wish, self.call.max_tokens)
                 try:
                     await (self._stream(answer) if self.wish.stream else self._whole(answer))
@@ -145,13 +144,17 @@ class Exchange:
             await self._settle(Usage(self.wish.tokens_in, seen), estimated=True, status=_ERROR)
 
     async def _settle(self, usage: Usage, *, estimated: bool, status: "usage_event_pb2.UsageStatus.ValueType") -> None:
-        self._is_settled = True
+        self._is_settled, left_s = True, 0.0
+        if self._kept is not None:
+            # Being settled is no reason to cut off what is still to be written.
+            self.renewer.done(self._kept)
+            left_s = self._kept.expires_at - asyncio.get_running_loop().time()
         request = model_call_service_pb2.ModelCallUsage(
             id=self.call.id, tokens_in=usage.tokens_in, tokens_out=usage.tokens_out, tokens_cached=usage.tokens_cached,
             tokens_reasoning=usage.tokens_reasoning, estimated=estimated, status=status,
             latency_ms=int((time.monotonic() - self._began) * 1000),
         )  # fmt: skip
-        await self.settler.settle(request, self._expires)
+        await self.settler.settle(request, time.monotonic() + left_s)
 
     async def _tell_of_the_break(self) -> None:
         error = OpenAiError(502, "the model's provider broke off", "server_error", "upstream_broken")

@@ -8,6 +8,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor, ServiceDescriptor
 
 from clawplane.options.v1 import options_pb2
+from gateway import exports
 from gateway.convert import is_map, is_plain_message, type_of
 from gateway.httprule import Binding, bindings, find, services
 from gateway.openapi.comments import comments
@@ -44,6 +45,10 @@ _AUDIENCES = {
 _ORG: Schema = {
     "name": "clawplane-org", "in": "header", "schema": {"type": "string", "pattern": "^org_[0-9a-f]{32}$"},
     "description": "The organization to act in; the personal one when left out.",
+}  # fmt: skip
+_FORMAT: Schema = {
+    "name": "format", "in": "query", "schema": {"type": "string", "enum": list(exports.KINDS)},
+    "description": "Sends a file: CSV with a line of names, or a JSON object a line; left out, a stream of events.",
 }  # fmt: skip
 
 
@@ -117,6 +122,9 @@ def _operation(binding: Binding, service: ServiceDescriptor, schemas: Schemas) -
         operation["parameters"].append(
             {"name": "last-event-id", "in": "header", "schema": {"type": "string"}, "description": "Where to resume; browsers send it."}
         )
+        if exports.rows_of(rpc) is not None:
+            operation["parameters"].append(_FORMAT)
+            content |= {kind.partition(";")[0]: {"schema": {"type": "string"}} for kind in exports.KINDS.values()}
     else:
         content = _json(answer)
     operation["responses"] = {"200": {"description": "Done.", "content": content}, "default": {"$ref": "#/components/responses/Error"}}

@@ -60,7 +60,7 @@ def shown(operation: dict[str, Any]) -> dict[str, Any]:
         for one in operation["parameters"]
     ]
     body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
-    (content,) = operation["responses"]["200"]["content"].values()
+    content = next(iter(operation["responses"]["200"]["content"].values()))
     return {
         "id": operation["operationId"], "summary": operation["summary"],
         "text": [part for part in operation["description"].removeprefix(operation["summary"]).lstrip(". \n").split("\n\n") if part],

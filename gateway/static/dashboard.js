@@ -64,6 +64,19 @@ makeCopiable(document);
 const live = document.querySelector("[data-stream]");
 if (live) follow(live.dataset.stream);
 
+// Days are those of the reader's own clock, where an address does not say otherwise; and the browser knows the names of all zones.
+const zone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+for (const link of document.querySelectorAll("a[data-zoned]")) {
+  const address = new URL(link.href);
+  if (zone && zone !== "UTC" && !address.searchParams.has("zone")) {
+    address.searchParams.set("zone", zone);
+    link.href = address;
+  }
+}
+for (const list of document.querySelectorAll("datalist[data-zones]")) {
+  list.replaceChildren(...Intl.supportedValuesOf("timeZone").map((name) => new Option(name, name)));
+}
+
 // What is open closes with Escape, as people expect of anything that lies over a page.
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;

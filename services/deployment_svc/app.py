@@ -2,6 +2,7 @@
 
 import importlib
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from clawplane.deployment.v1 import (
@@ -10,8 +11,11 @@ from clawplane.deployment.v1 import (
     deployment_service_pb2_grpc,
     model_call_service_pb2_grpc,
     payment_service_pb2_grpc,
+    price_service_pb2_grpc,
     provider_service_pb2_grpc,
+    quota_service_pb2_grpc,
     sandbox_service_pb2_grpc,
+    usage_reservation_service_pb2_grpc,
     usage_service_pb2_grpc,
     webhook_service_pb2_grpc,
 )
@@ -28,6 +32,7 @@ from services.deployment_svc.deployments.orphans import Orphans
 from services.deployment_svc.deployments.reaper import Reaper
 from services.deployment_svc.deployments.reconcile import Reconciler
 from services.deployment_svc.deployments.service import DeploymentService
+from services.deployment_svc.deployments.spend_cap import SpendCap
 from services.deployment_svc.deployments.steps import Steps
 from services.deployment_svc.markets.akash import AkashDriver
 from services.deployment_svc.markets.console import Console
@@ -40,13 +45,22 @@ from services.deployment_svc.payments.links import Links
 from services.deployment_svc.payments.polar import PolarCheckout
 from services.deployment_svc.payments.reconcile import PaymentChecker
 from services.deployment_svc.payments.service import PaymentService
+from services.deployment_svc.prices import seed
+from services.deployment_svc.prices.repository import Prices
+from services.deployment_svc.prices.service import PriceService
 from services.deployment_svc.providers.models import ProviderOutcome
 from services.deployment_svc.providers.service import ProviderService
+from services.deployment_svc.quotas.service import QuotaService
+from services.deployment_svc.quotas.watch import Watcher
 from services.deployment_svc.sandbox.checkout import SandboxCheckout
 from services.deployment_svc.sandbox.service import SandboxService
 from services.deployment_svc.settings import DeploymentSettings
-from services.deployment_svc.usage.prices import PriceBook
+from services.deployment_svc.usage import retention
+from services.deployment_svc.usage.ledger import Ledger
 from services.deployment_svc.usage.service import UsageService
+from services.deployment_svc.usage_reservations.engine import Reservations
+from services.deployment_svc.usage_reservations.models import UsageReservation
+from services.deployment_svc.usage_reservations.service import UsageReservationService
 from services.deployment_svc.users import PERMISSIONS, Users, entitlements_changed, keys_changed
 from services.deployment_svc.webhooks.service import WebhookService
 from services.kit import audit_sealer, clients, idempotency, known_keys, partitions, purge, vault
@@ -57,6 +71,7 @@ from services.kit.feed import Follower, Remembered, remembered_access, remembere
 from services.kit.holders import Holder
 from services.kit.loops import Loop
 from services.kit.sealed import Blind, Hashed, Sealed, Store
+from services.kit.secrets import SecretBox
 from services.kit.server import App
 
 PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
@@ -88,7 +103,6 @@ def create_app(settings: DeploymentSettings) -> App:
     to_users = clients.channel(settings.user_target)
     users = Users(to_users, clients.ServiceCredential(TokenSigner(settings), PERMISSIONS))
     follower = Follower(users.watch)
-    access = remembered_access(follower, users.access)
     entitlements = Remembered(follower, users.entitlements, entitlements_changed)
     links = Links(db, settings, _checkouts(db, settings))
     driver = _driver(settings)
@@ -96,17 +110,14 @@ def create_app(settings: DeploymentSettings) -> App:
     reconciler = Reconciler(Steps(db, settings, box, driver, users), lambda: provisioning.wake())  # noqa: PLW0108 - it is made below
 
     provisioning = Loop("provisioning", reconciler.tick, settings.poll_s)
-    known, uses = known_keys.remembered_keys(follower, users.key, keys_changed), known_keys.Uses(users.keys_used)
-    of_bots = claw_keys.resolver(known, uses, claw_keys.old_resolver(db, box, access))
-    of_keys = {known_keys.PEOPLE: known_keys.resolver(known, uses), known_keys.BOTS: of_bots}
-    kit = Kit(
-        "deployment_svc", settings, db,
-        Authenticator(settings, access, of_keys, remembered_sessions(follower, users.session)), AuditEvent, IdempotencyKey, box,
-    )  # fmt: skip
+    kit, uses = _kit(settings, db, box, users, follower)
     sealer = audit_sealer.of(kit, AuditHead)
-    prices = PriceBook.load(settings.prices_file)
-    model_calls = ModelCallService(db, settings, prices, entitlements)
+    prices = Prices(db, settings.usage_currency)
+    ledger = Ledger(db, prices, settings.usage_waiting, batched=settings.usage_batched)
+    reservations = Reservations(db, ledger, entitlements, settings.model_call_s)
     organizations = OrganizationReconciler(db, users, links, provisioning.wake)
+    partition = partial(partitions.ensure, db, PARTITIONED)
+    kept = KEPT | {UsageReservation: timedelta(days=settings.usage_late_days)}
     add_sandbox = [(sandbox_service_pb2_grpc.add_SandboxServiceServicer_to_server, SandboxService())]
     return App(
         kit=kit,
@@ -119,9 +130,12 @@ def create_app(settings: DeploymentSettings) -> App:
             (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(settings, provisioning.wake)),
             (blacklist_service_pb2_grpc.add_BlacklistServiceServicer_to_server, BlacklistService()),
             (provider_service_pb2_grpc.add_ProviderServiceServicer_to_server, ProviderService(settings)),
-            (usage_service_pb2_grpc.add_UsageServiceServicer_to_server, UsageService(db, settings, prices)),
+            (usage_service_pb2_grpc.add_UsageServiceServicer_to_server, UsageService(ledger, settings)),
+            (price_service_pb2_grpc.add_PriceServiceServicer_to_server, PriceService(prices)),
+            (quota_service_pb2_grpc.add_QuotaServiceServicer_to_server, QuotaService(db, ledger, entitlements)),
+            (usage_reservation_service_pb2_grpc.add_UsageReservationServiceServicer_to_server, UsageReservationService(reservations)),
             (audit_service_pb2_grpc.add_AuditServiceServicer_to_server, AuditService()),
-            (model_call_service_pb2_grpc.add_ModelCallServiceServicer_to_server, model_calls),
+            (model_call_service_pb2_grpc.add_ModelCallServiceServicer_to_server, ModelCallService(reservations, settings)),
             *(add_sandbox if settings.sandbox_enabled else []),
         ],
         loops=[
@@ -131,13 +145,28 @@ def create_app(settings: DeploymentSettings) -> App:
             Loop("reaper", Reaper(db, settings).tick, settings.reap_s),
             Loop("orphans", Orphans(db, settings, driver).tick, settings.sweep_s),
             Loop("organizations", organizations.tick, settings.poll_s, endless=True),
-            Loop("model-calls", model_calls.settle_abandoned, min(10, settings.model_call_s / 10)),
-            sealer.loop(), partitions.keeper(db, PARTITIONED), purge.purger(db, KEPT), idempotency.forgetter(db, IdempotencyKey),
+            Loop("reservations", reservations.tick, min(10, settings.model_call_s / 10)),
+            Loop("limits", Watcher(db, ledger, entitlements).tick, settings.limits_s),
+            Loop("spend-caps", SpendCap(db, settings.usage_currency, provisioning.wake).tick, settings.limits_s),
+            sealer.loop(), retention.keeper(db, settings.usage_retention_days),
+            partitions.keeper(db, PARTITIONED), purge.purger(db, kept), idempotency.forgetter(db, IdempotencyKey),
             Loop("key-uses", uses.flush, known_keys.FLUSH_S), holder.loop,
         ],
-        starters=[holder.join, lambda: partitions.ensure(db, PARTITIONED), sealer.adopt, follower.start],
+        starters=[holder.join, lambda: seed.fill(prices, settings.prices_file), partition, sealer.adopt, follower.start],
         closers=[follower.stop, reconciler.drain, sealer.finish, driver.shutdown, uses.flush_all, to_users.close, holder.leave],
     )
+
+
+def _kit(
+    settings: DeploymentSettings, db: Database, box: SecretBox, users: Users, follower: Follower
+) -> tuple[Kit, known_keys.Uses]:
+    """What every RPC shares, and the uses of keys that the user service is still to be told."""
+    access = remembered_access(follower, users.access)
+    known, uses = known_keys.remembered_keys(follower, users.key, keys_changed), known_keys.Uses(users.keys_used)
+    of_bots = claw_keys.resolver(known, uses, claw_keys.old_resolver(db, box, access))
+    of_keys = {known_keys.PEOPLE: known_keys.resolver(known, uses), known_keys.BOTS: of_bots}
+    authenticator = Authenticator(settings, access, of_keys, remembered_sessions(follower, users.session))
+    return Kit("deployment_svc", settings, db, authenticator, AuditEvent, IdempotencyKey, box), uses
 
 
 def _checkouts(db: Database, settings: DeploymentSettings) -> dict[str, Checkout]:

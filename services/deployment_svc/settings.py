@@ -90,12 +90,17 @@ class DeploymentSettings(KitSettings):
 
     # The model endpoint.
     model_max_tokens: int = Field(8192, ge=1, description="most tokens of one answer; held for a call that names no number of its own")
-    model_call_s: float = Field(900, gt=0, description="a call that is not settled by then is settled by estimate")
+    model_call_s: float = Field(300, gt=0, description="a call that is neither renewed nor settled by then is settled by estimate")
 
     # Usage.
     usage_late_days: int = Field(35, ge=1, description="how late an event may be reported")
     usage_ahead_s: int = Field(300, ge=0, description="how far ahead of time an event may be")
-    prices_file: str = Field("", description="TOML price file; empty: the bundled one")
+    usage_retention_days: int = Field(400, ge=1, description="how long events are kept; their sums stay")
+    usage_waiting: int = Field(50_000, ge=1, description="events that may wait in one process to be written; more are sent again later")
+    usage_batched: bool = Field(True, description="whether single events share commits; false only to see what that saves")
+    limits_s: float = Field(1, gt=0, description="how often limits that fill up and spend caps are looked at")
+    usage_currency: str = Field("usd", pattern="^[a-z]{3}$", description="currency of the ledger and its prices, ISO 4217")
+    prices_file: str = Field("", description="YAML price file that an empty price book is filled from; empty: the bundled one")
 
     @property
     def database_url(self) -> str:
@@ -107,6 +112,13 @@ class DeploymentSettings(KitSettings):
     def _akash_takes_its_time(cls, given: dict[str, Any]) -> dict[str, Any]:
         """A network of strangers is slower than processes on this machine: other defaults, for what was not set."""
         return _AKASH | given if given.get("driver") == "akash" else given
+
+    @model_validator(mode="after")
+    def _usage_outlives_its_window(self) -> "DeploymentSettings":
+        # An event that is dropped may not come again as new: its month is whole until nobody may report for it any more.
+        if self.usage_retention_days < self.usage_late_days + 31:
+            raise ValueError("CLAWPLANE_USAGE_RETENTION_DAYS must be at least 31 more than CLAWPLANE_USAGE_LATE_DAYS")
+        return self
 
     @model_validator(mode="after")
     def _akash_is_complete(self) -> "DeploymentSettings":

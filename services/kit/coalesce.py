@@ -1,8 +1,11 @@
 """Concurrent calls of one kind become one piece of work: one query for many gets, one commit for many rows."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Generic, TypeVar
+
+from services.kit.errors import Exhausted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -17,12 +20,32 @@ _LINGER_S, _LINGERS = 0.001, 6
 _MANY, _FADING = 8, 0.99
 
 
+class Room:
+    """A bound on what waits in this process: whoever would go beyond it is sent away for a moment, before anything is lost or grows."""
+
+    def __init__(self, most: int, what: str) -> None:
+        self.most, self.what = most, what
+        self.held = 0
+
+    @contextmanager
+    def taken(self, count: int) -> Iterator[None]:
+        """Holds room for so many while the block runs; Exhausted when there is none. Somebody alone is always let in."""
+        if self.held and self.held + count > self.most:
+            raise Exhausted(f"{self.held} {self.what} wait to be written, {self.most} may: send the same again", retry_after_s=0.5)
+        self.held += count
+        try:
+            yield
+        finally:
+            self.held -= count
+
+
 class Coalescer(Generic[T, R]):
     """``await coalescer(item)``: the answer. A lone caller is served at once; those who come while work is under way share the next piece
     of it, which starts after they came: nobody is given what was read before he asked."""
 
-    def __init__(self, work: Work[T, R]) -> None:
-        self._work = work
+    def __init__(self, work: Work[T, R], most: int = _MOST) -> None:
+        """``most`` items share one piece of work."""
+        self._work, self._most = work, most
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._flights: set[asyncio.Task[None]] = set()
         self._flying = 0
@@ -51,7 +74,7 @@ class Coalescer(Generic[T, R]):
             while self._waiting:
                 if self._asked > 1:
                     await self._linger()
-                batch, self._waiting = self._waiting[:_MOST], self._waiting[_MOST:]
+                batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
                 if batch:
                     await self._serve(batch)
         except asyncio.CancelledError:
@@ -103,7 +126,7 @@ class Loader(Coalescer[str, R | None]):
 class Batcher(Coalescer[T, R]):
     """Group commit: ``await batcher(row)`` returns after the commit that holds the row. A row that fails does so alone."""
 
-    def __init__(self, write: Callable[[list[T]], Awaitable[Sequence[R]]]) -> None:
+    def __init__(self, write: Callable[[list[T]], Awaitable[Sequence[R | Exception]]], most: int = _MOST) -> None:
         async def apart(items: list[T]) -> list[R | Exception]:
             try:
                 return list(await write(items))
@@ -113,4 +136,4 @@ class Batcher(Coalescer[T, R]):
             half = len(items) // 2
             return [*await apart(items[:half]), *await apart(items[half:])]
 
-        super().__init__(apart)
+        super().__init__(apart, most)

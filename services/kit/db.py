@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
+import asyncpg  # type: ignore[import-untyped]
 import orjson
 import structlog
 from sqlalchemy import event, func, select, text
@@ -16,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
+from sqlalchemy.util.concurrency import greenlet_spawn
 
 from services.kit import telemetry
 from services.kit.columns import Tenant
@@ -140,16 +142,44 @@ class Database:
 
     async def run(self, work: Callable[[AsyncSession], Awaitable[T]], tenant: str, tries: int = 5) -> T:
         """Runs a unit of work, again when the database says that two of them clashed. ``work`` may run several times."""
+
+        async def once() -> T:
+            async with self.transaction(tenant) as session:
+                return await work(session)
+
+        return await self.again(once, tries)
+
+    async def again(self, work: Callable[[], Awaitable[T]], tries: int = 5) -> T:
+        """The result of a whole unit of work, which is made again when the database says that it clashed with another."""
         for attempt in range(1, tries + 1):
             try:
-                async with self.transaction(tenant) as session:
-                    return await work(session)
+                return await work()
             except sa.DBAPIError as error:
                 if attempt == tries or not is_retryable(error):
                     raise
                 telemetry.DB_RETRIES.labels(self.name).inc()
                 await asyncio.sleep(random.uniform(0.005, 0.02) * 2**attempt)
         raise AssertionError
+
+    @asynccontextmanager
+    async def raw(self, first: str) -> AsyncIterator[Any]:
+        """A transaction on a connection of PostgreSQL's driver itself (asyncpg), for bulk: begun together with a first statement, in one
+        round trip, committed at the end of the block. Its errors are those of the driver, as SQLAlchemy would wrap them."""
+        with telemetry.waiting_for_pool(self.name):
+            pooled = await self.engine.raw_connection()
+        connection: Any = pooled.driver_connection
+        try:
+            await connection.execute(f"BEGIN; {first}")
+            yield connection
+            await connection.execute("COMMIT")
+        except BaseException as error:
+            # Cancelled or broken in the middle of whatever: nobody knows what it would still say.
+            pooled.invalidate()
+            if isinstance(error, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+                raise sa.DBAPIError("bulk", None, error) from error
+            raise
+        finally:
+            await greenlet_spawn(pooled.close)
 
     def _session(self, engine: AsyncEngine, tenant: str, *, readonly: bool = False) -> AsyncSession:
         if not tenant:
@@ -184,6 +214,12 @@ def alone_sync(session: Session, what: str) -> None:
     """As ``alone``, for listeners of the ORM."""
     if is_postgres(session):
         session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(what, 0))))
+
+
+async def together(session: AsyncSession, what: str) -> None:
+    """Past this point with any number of others who are ``together``, and with nobody who is ``alone``, for the same ``what``."""
+    if is_postgres(session):
+        await session.execute(select(func.pg_advisory_xact_lock_shared(func.hashtextextended(what, 0))))
 
 
 async def alone_now(session: AsyncSession, what: str) -> bool:

@@ -3,12 +3,12 @@
 import base64
 import hashlib
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any, TypeVar
+from datetime import date, datetime
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 from google.protobuf.message import Message
-from sqlalchemy import Select, literal, tuple_
+from sqlalchemy import ColumnElement, Date, Integer, Select, literal, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -19,13 +19,15 @@ from services.kit.ids import to_uuid
 
 DEFAULT_SIZE = 50
 MAX_SIZE = 250
+_OVER = 2**63
 R = TypeVar("R")
+Key: TypeAlias = InstrumentedAttribute[Any] | ColumnElement[Any]
 
 
 async def page(
     session: AsyncSession,
     statement: Select[R],
-    key: InstrumentedAttribute[Any] | tuple[InstrumentedAttribute[Any], ...],
+    key: Key | tuple[Key, ...],
     request: Message,
     *,
     descending: bool = True,
@@ -35,25 +37,48 @@ async def page(
     ``request`` has ``page_size`` and ``page_token``; all its other fields are the query that a token belongs to.
     """
     size = min(request.page_size or DEFAULT_SIZE, MAX_SIZE)  # type: ignore[attr-defined]
-    query = _query(request, session.info["tenant"])
-    token: str = request.page_token  # type: ignore[attr-defined]
-    keys = key if isinstance(key, tuple) else (key,)
-    if token:
-        last = tuple_(*(literal(value, column.type) for column, value in zip(keys, _last_key(token, query, keys), strict=True)))
-        statement = statement.where(tuple_(*keys) < last if descending else tuple_(*keys) > last)
-    order = [column.desc() if descending else column.asc() for column in keys]
-    rows = list((await session.scalars(statement.order_by(*order).limit(size + 1))).all())
+    cursor = Cursor(request, session.info["tenant"], key, "page_token", descending=descending)
+    rows = list((await session.scalars(cursor.after(statement, request.page_token).limit(size + 1))).all())  # type: ignore[attr-defined]
     if len(rows) <= size:
         return rows, ""
     rows = rows[:size]
-    return rows, _token(query, [getattr(rows[-1], column.key) for column in keys])
+    return rows, cursor.token(rows[-1])
 
 
-def _query(request: Message, tenant: str) -> bytes:
+class Cursor:
+    """Where a reader of rows in the order of a unique key stands, as a text that belongs to his query."""
+
+    def __init__(
+        self, request: Message, tenant: str, key: Key | tuple[Key, ...], field: str,
+        *, descending: bool = True,
+    ) -> None:  # fmt: skip
+        """``field`` of the request carries the text; the query is all the rest but ``page_size``."""
+        self.keys = key if isinstance(key, tuple) else (key,)
+        self.field, self.descending = field, descending
+        self._query = _query(request, tenant, field)
+
+    def after(self, statement: Select[R], token: str) -> Select[R]:
+        """The rows that come after a token, in order; all for an empty one. InvalidArgument for one of another query."""
+        if token:
+            last = tuple_(*(literal(value, column.type) for column, value in zip(self.keys, self.last(token), strict=True)))
+            statement = statement.where(tuple_(*self.keys) < last if self.descending else tuple_(*self.keys) > last)
+        return statement.order_by(*(column.desc() if self.descending else column.asc() for column in self.keys))
+
+    def last(self, token: str) -> list[Any]:
+        """The key that a token stands for. InvalidArgument for one of another query."""
+        return _last_key(token, self._query, self.keys, self.field)
+
+    def token(self, row: Any) -> str:
+        """The text for whoever has read up to this row."""
+        return _token(self._query, [getattr(row, str(column.key)) for column in self.keys])
+
+
+def _query(request: Message, tenant: str, field: str) -> bytes:
     copy = type(request)()
     copy.CopyFrom(request)
-    copy.ClearField("page_token")
-    copy.ClearField("page_size")
+    for name in (field, "page_size"):
+        if name in copy.DESCRIPTOR.fields_by_name:
+            copy.ClearField(name)
     text = copy.DESCRIPTOR.full_name.encode() + b"\0" + tenant.encode() + b"\0" + copy.SerializeToString(deterministic=True)
     return hashlib.sha256(text).digest()[:12]
 
@@ -63,7 +88,7 @@ def _token(query: bytes, last: Any) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(body).digest()[:4] + body).decode().rstrip("=")
 
 
-def _last_key(token: str, query: bytes, keys: Sequence[InstrumentedAttribute[Any]]) -> list[Any]:
+def _last_key(token: str, query: bytes, keys: Sequence[Key], field: str) -> list[Any]:
     try:
         raw = base64.b64decode(token + "=" * (-len(token) % 4), altchars=b"-_", validate=True)
         check, body = raw[:4], raw[4:]
@@ -71,21 +96,27 @@ def _last_key(token: str, query: bytes, keys: Sequence[InstrumentedAttribute[Any
             raise ValueError
         return [_value(column, text) for column, text in zip(keys, orjson.loads(body[12:]), strict=True)]
     except (ValueError, TypeError):
-        raise _bad_token() from None
+        raise _bad_token(field) from None
 
 
-def _value(column: InstrumentedAttribute[Any], text: Any) -> Any:
+def _value(column: Key, text: Any) -> Any:
     """What stands in a token for a column; ValueError when it cannot be one of the column's."""
+    if isinstance(column.type, Integer):
+        if type(text) is not int or abs(text) >= _OVER:
+            raise ValueError
+        return text
     if not isinstance(text, str):
         raise ValueError
+    if isinstance(column.type, Date):
+        return date.fromisoformat(text)
     if isinstance(column.type, Identifier):
         to_uuid(text, column.type.prefix)
         return text
     return datetime.fromisoformat(text) if isinstance(column.type, UtcDateTime) else text
 
 
-def _bad_token() -> InvalidArgument:
+def _bad_token(field: str) -> InvalidArgument:
     return InvalidArgument(
-        "page_token", "belongs to another query or was altered; start again without one",
+        field, "belongs to another query or was altered; start again without one",
         reason=ErrorReason.ERROR_REASON_INVALID_PAGE_TOKEN,
     )  # fmt: skip

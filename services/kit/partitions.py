@@ -1,5 +1,6 @@
 """Monthly partitions on PostgreSQL; SQLite has one table and needs none."""
 
+import re
 from collections.abc import Mapping
 from datetime import date
 
@@ -17,6 +18,12 @@ _AHEAD, _BEHIND = 2, 2
 _THERE = text("SELECT EXISTS (SELECT 1 FROM pg_class WHERE relname = :name AND pg_table_is_visible(oid))")
 
 
+_PARTITIONS = text(
+    "SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid JOIN pg_class p ON p.oid = inhparent "
+    "WHERE p.relname = :table AND pg_table_is_visible(p.oid)"
+)
+
+
 def months(today: date) -> list[date]:
     """First days of the months that need a partition."""
     number = today.year * 12 + today.month - 1
@@ -27,6 +34,26 @@ def _bounds(first: date) -> tuple[str, str]:
     """Where a month begins and ends, whatever the time zone of the database."""
     after = date(first.year + first.month // 12, first.month % 12 + 1, 1)
     return f"{first.isoformat()} 00:00:00+00", f"{after.isoformat()} 00:00:00+00"
+
+
+async def drop(db: Database, table: str, column: str, before: date) -> list[str]:
+    """Drops the partitions of months before one, and deletes such rows of the default one: names of what was dropped.
+
+    Whoever reads or writes the table waits only for the moment of the drop."""
+    dropped = []
+    async with db.transaction(ALL) as session:
+        names = sorted(await session.scalars(_PARTITIONS, {"table": table}))
+    for name in names:
+        month = name.removeprefix(f"{table}_")
+        if not re.fullmatch(r"\d{4}_\d{2}", month) or date.fromisoformat(f"{month.replace('_', '-')}-01") >= before:
+            continue
+        async with db.transaction(ALL) as session:
+            await session.execute(text("SET LOCAL lock_timeout = '5s'"))
+            await session.execute(text(f"DROP TABLE IF EXISTS {name}"))
+        dropped.append(name)
+    async with db.transaction(ALL) as session:
+        await session.execute(text(f"DELETE FROM {table}_default WHERE {column} < :before"), {"before": before})  # noqa: S608
+    return dropped
 
 
 async def ensure(db: Database, tables: Mapping[str, str]) -> None:

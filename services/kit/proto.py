@@ -39,7 +39,7 @@ def to_proto(row: Any, kind: type[M]) -> M:
         elif isinstance(value, datetime):
             values[name] = _timestamp(value)
         else:
-            values[name] = format(value, "f") if isinstance(value, Decimal) else value
+            values[name] = format(value.normalize(), "f") if isinstance(value, Decimal) else value
     if "etag" in kind.DESCRIPTOR.fields_by_name and (version := getattr(row, "version", None)) is not None:
         values["etag"] = str(version)
     return kind(**values)
@@ -125,8 +125,11 @@ def _python(message: Message, field: Any) -> Any:
 
 
 def to_datetime(value: timestamp_pb2.Timestamp) -> datetime:
-    """A protobuf time as aware UTC."""
-    return value.ToDatetime(tzinfo=UTC)
+    """A protobuf time as aware UTC; InvalidArgument for one that no calendar has."""
+    try:
+        return value.ToDatetime(tzinfo=UTC)
+    except ValueError:
+        raise InvalidArgument("", "a time must lie within the years 1 to 9999") from None
 
 
 def any_field(message: Descriptor, holds: Callable[[FieldDescriptor], bool], seen: set[str] | None = None) -> bool:

@@ -16,12 +16,13 @@ class Tier(BaseModel):
     monthly_tokens: int = Field(ge=0)
     monthly_credit_minor: int = Field(ge=0)
     live_deployments: int = Field(ge=0)
+    hourly_tokens: int = Field(0, ge=0)
 
 
 TIERS = {
-    "starter": Tier(price_minor=2900, monthly_tokens=1_000_000, monthly_credit_minor=1000, live_deployments=1),
-    "pro": Tier(price_minor=4900, monthly_tokens=2_000_000, monthly_credit_minor=2000, live_deployments=3),
-    "business": Tier(price_minor=9900, monthly_tokens=6_000_000, monthly_credit_minor=6000, live_deployments=0),
+    "starter": Tier(price_minor=2900, monthly_tokens=1_000_000, monthly_credit_minor=1000, live_deployments=1, hourly_tokens=100_000),
+    "pro": Tier(price_minor=4900, monthly_tokens=2_000_000, monthly_credit_minor=2000, live_deployments=3, hourly_tokens=500_000),
+    "business": Tier(price_minor=9900, monthly_tokens=6_000_000, monthly_credit_minor=6000, live_deployments=0, hourly_tokens=2_000_000),
 }
 
 

@@ -17,7 +17,7 @@ from tests.harness import Person, Stack, running
 from tests.simulators.oauth import OAuthSimulator
 
 # The other tests need no driver of browsers, and must not fail for the lack of one.
-collect_ignore = [] if importlib.util.find_spec("playwright") or os.environ.get("BROWSER_REQUIRED") else ["test_browser.py", "test_identity.py"]
+collect_ignore = [] if importlib.util.find_spec("playwright") or os.environ.get("BROWSER_REQUIRED") else ["test_browser.py", "test_identity.py", "test_usage.py"]
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "docs" / "screenshots"
 WIDE, NARROW = {"width": 1280, "height": 800}, {"width": 380, "height": 800}
 

@@ -3,11 +3,12 @@
 import random
 import uuid
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from clawplane.deployment.v1 import deployment_pb2, provider_pb2, usage_event_pb2, usage_service_pb2
+from clawplane.deployment.v1 import deployment_pb2, provider_pb2, quota_pb2, quota_service_pb2, usage_event_pb2, usage_service_pb2
 from clawplane.user.v1 import (
     api_key_pb2,
     api_key_service_pb2,
@@ -27,6 +28,7 @@ from services.kit.devkeys import settings_for
 from services.kit.settings import KitSettings
 from services.user_svc.organizations.models import Membership
 from tests.harness import Person, Stack
+from tests.usage_rows import row, store
 
 MODELS = {"claude-opus-4.5": "anthropic", "gpt-3.2": "openai", "gemini-3-flash": "google", "minimax-m2.5": "minimax"}
 _PROVIDERS = {
@@ -155,17 +157,31 @@ def _providers(session: AsyncSession, deployments: list[str]) -> None:
 
 
 async def _usage(stack: Stack, operator: Person, deployments: list[str]) -> None:
+    """Two months of it: the last one reported as bots do, the one before put there. One model has no price, and a limit is nearly reached."""
     dice = random.Random(7)
-    events = []
-    for back in range(28, -1, -1):
-        for rank, (model, provider) in enumerate(MODELS.items()):
-            for _ in range(dice.randint(1, 5 - rank)):
+    models = MODELS | {"llama-4-scout": "akashml"}
+    events, earlier, today = [], [], 0
+    for back in range(58, -1, -1):
+        for rank, (model, provider) in enumerate(models.items()):
+            for _ in range(dice.randint(1, 6 - rank)):
                 tokens = dice.randint(400, 9000) * (2 if back < 9 else 1)
-                event = usage_event_pb2.UsageEvent(
-                    id=ids.uuid7().hex, provider=provider, model=model, tokens_in=tokens, tokens_out=tokens // 3,
-                    deployment_id=deployments[rank % 2],
-                )  # fmt: skip
-                event.occurred_at.FromDatetime(now() - timedelta(days=back, minutes=5))
+                told: dict[str, Any] = {
+                    "provider": provider, "model": model, "tokens_in": tokens, "tokens_out": tokens // 3, "deployment_id": deployments[rank % 2],
+                    "latency_ms": int(dice.lognormvariate(6.5 + 0.4 * rank, 0.6)), "status": 1 + (dice.random() < 0.03),
+                }  # fmt: skip
+                when = now() - timedelta(days=back, minutes=5)
+                if back > 29:
+                    earlier.append(row(operator.org_id, when, user_id=operator.user.id, cost=Decimal(tokens) / 250_000 if model in MODELS else None, **told))
+                    continue
+                event = usage_event_pb2.UsageEvent(id=ids.uuid7().hex, **told)
+                event.occurred_at.FromDatetime(when)
                 events.append(event)
+                today += (tokens + tokens // 3) * (when.date() == now().date())
     answer = await stack.usage.BatchRecordUsage(usage_service_pb2.BatchRecordUsageRequest(events=events), metadata=operator.metadata)
     assert answer.accepted == len(events), answer.errors
+    await store(stack, earlier)
+    limit = quota_pb2.Quota(
+        org_id=operator.org_id, scope=quota_pb2.QUOTA_SCOPE_ORGANIZATION, period=quota_pb2.QUOTA_PERIOD_DAY, unit=quota_pb2.QUOTA_UNIT_TOKENS,
+        amount=str(max(1, today * 5 // 4)), soft=True,
+    )  # fmt: skip
+    await stack.quotas.SetQuota(quota_service_pb2.SetQuotaRequest(quota=limit), metadata=stack.operator)

@@ -13,7 +13,7 @@ from services.kit.known_keys import KnownKey, Uses
 from services.kit.secrets import SecretBox
 
 _OLD, _OLD_HMAC_KEY = "ckey", ""
-PERMISSIONS = frozenset({"usage.record", "models.call"})
+PERMISSIONS = frozenset({"usage.record", "usage.reserve", "quotas.read", "models.call"})
 """All that a bot may do."""
 
 

@@ -5,7 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.deployment.v1 import deployment_service_pb2 as rpc
 from clawplane.deployment.v1.deployment_pb2 import Deployment as Message
-from services.deployment_svc.deployments import repository, state
+from services.deployment_svc.deployments import repository, spend_cap, state
 from services.deployment_svc.deployments.close import close
 from services.deployment_svc.deployments.models import Deployment
 from services.deployment_svc.payments.models import Payment, PaymentSession
@@ -83,12 +83,14 @@ async def set_state(session: AsyncSession, d: Deployment, to: int, message: str)
         raise InvalidArgument("state", f"{name} is what the platform itself has seen: it cannot be set")
     if to == state.CLOSING and d.state in state.LIVE:
         return await close(session, d, message)
+    if to == state.SUSPENDED:
+        return repository.suspend(session, d, message)
     if to == state.DEPLOYING and d.state in (state.SUSPENDED, state.FAILED):
-        state.begin_anew(d)
-        d.generation += 1
+        await spend_cap.leave_alone(session, d)
+        return repository.resume(session, d, message)
     repository.move(session, d, to, message)
-    d.error_message = message if to in (state.FAILED, state.SUSPENDED) else ""
-    if to in (state.FAILED, state.SUSPENDED):
+    d.error_message = message if to == state.FAILED else ""
+    if to == state.FAILED:
         d.undoing = d.order_intended
     return None
 

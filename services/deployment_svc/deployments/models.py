@@ -10,7 +10,7 @@ from services.deployment_svc.base import Base
 from services.kit.columns import Identifier, Leased, ProtoEnum, Tenant, Timestamps, UtcDateTime, Versioned, identifier
 
 CHANNEL, STATE = ProtoEnum(Channel), ProtoEnum(State)
-_PENDING, _DEPLOYING = text("state = 'pending'"), text("state = 'deploying'")
+_PENDING, _DEPLOYING, _CAPPED = text("state = 'pending'"), text("state = 'deploying'"), text("suspended_for = 'quota'")
 
 
 class Deployment(Versioned, Tenant, Leased, Base):
@@ -25,6 +25,7 @@ class Deployment(Versioned, Tenant, Leased, Base):
         Index("ix_deployments__user_id_state", "user_id", "state"),
         Index("ix_deployments__due_at", "due_at"),
         Index("ix_deployments__deploying", "org_id", postgresql_where=_DEPLOYING, sqlite_where=_DEPLOYING),
+        Index("ix_deployments__capped", "org_id", postgresql_where=_CAPPED, sqlite_where=_CAPPED),
         STATE.check("state"),
         CHANNEL.check("channel"),
         CheckConstraint("price_minor >= 0", name="price_minor"),
@@ -43,6 +44,10 @@ class Deployment(Versioned, Tenant, Leased, Base):
     """The key of the fingerprint; "": the first HMAC key, as before there was a ring."""
     state: Mapped[int] = mapped_column(STATE)
     error_message: Mapped[str] = mapped_column(Text, default="")
+    suspended_for: Mapped[str] = mapped_column(String(16), default="", server_default="")
+    """What a SUSPENDED one waits for: "quota", the next period; "" an operator."""
+    resumed_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """An operator has set it going again although a spend cap was reached: until that period ends, no cap suspends it."""
 
     # Payment.
     payment_provider: Mapped[str] = mapped_column(String(16))

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from clawplane.deployment.v1 import deployment_pb2
 from clawplane.deployment.v1.deployment_pb2 import State
 from services.deployment_svc.deployments.models import Deployment, DeploymentEvent
-from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, TRANSITIONS, begin_anew
+from services.deployment_svc.deployments.state import COUNTED, DEPLOYING, PENDING, SUSPENDED, TRANSITIONS, begin_anew
 from services.kit.call import Call
 from services.kit.coalesce import Loader
 from services.kit.columns import now
@@ -93,6 +93,20 @@ def restart(session: AsyncSession, d: Deployment, why: str) -> None:
         move(session, d, DEPLOYING, why)
 
 
+def suspend(session: AsyncSession, d: Deployment, why: str) -> None:
+    """Takes down what runs, and keeps the wish."""
+    move(session, d, SUSPENDED, why)
+    d.error_message, d.undoing = why, d.order_intended
+
+
+def resume(session: AsyncSession, d: Deployment, why: str) -> None:
+    """Brings it up anew, once what is being taken down is gone."""
+    begin_anew(d)
+    d.generation += 1
+    move(session, d, DEPLOYING, why)
+    d.error_message = ""
+
+
 def move(session: AsyncSession, d: Deployment, to: int, message: str, *, due_at: datetime | None = None) -> None:
     """Moves a deployment along the table of transitions and writes the event; InvalidState for any other way.
 
@@ -102,5 +116,5 @@ def move(session: AsyncSession, d: Deployment, to: int, message: str, *, due_at:
         raise InvalidState(f"a deployment that is {state_name(d.state)} cannot become {state_name(to)}", state=state_name(d.state))
     d.state = to
     d.due_at = due_at or now()
-    d.payment_url, d.payment_expires_at = "", None
+    d.payment_url, d.payment_expires_at, d.suspended_for = "", None, ""
     note(session, d, f"state.{state_name(to).lower()}", message)

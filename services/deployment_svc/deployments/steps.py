@@ -225,7 +225,7 @@ class Steps:
         if blame == "market" or step in (Step.WATCH, Step.UNDO, Step.CLOSE):
 
             async def remember(session: AsyncSession, row: Deployment) -> None:
-                if row.state != state.FAILED:  # Its reason says more.
+                if row.state not in (state.FAILED, state.SUSPENDED):  # Its reason says more.
                     row.error_message = f"waiting: {text}"
 
             return await self._write(d, token, remember), pause

@@ -1,70 +1,152 @@
-"""What only PostgreSQL can do for the ledger: any number of events with their roll-ups in one statement.
+"""What only PostgreSQL can do for the ledger: any number of events with their roll-ups and counters in one statement.
 
-The values travel as arrays of text and are cast by the server, which costs the client least. The statement writes the events in the order
-of their keys, and only then the roll-ups in the order of theirs, so two of them cannot wait for each other in a circle.
+It writes the events in the order of their keys, only then the roll-ups in the order of theirs, and then the counters, so two of them cannot
+wait for each other in a circle.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
+from functools import lru_cache
 from typing import Any
 
-import orjson
-from sqlalchemy import text
+import asyncpg  # type: ignore[import-untyped]
+from sqlalchemy import bindparam, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from services.deployment_svc.usage.models import NO_DEPLOYMENT, USAGE_STATUS, USAGE_TYPE
+from services.deployment_svc.prices.book import PriceBook
+from services.deployment_svc.prices.repository import RULES
+from services.deployment_svc.usage import texts
+from services.deployment_svc.usage.models import KINDS, LATENCIES, LATENCY_MS, SUMS
+from services.deployment_svc.usage.rows import Row
+from services.deployment_svc.usage.rules import ALWAYS, COUNTED_BY
+from services.kit.columns import Identifier
+from services.kit.db import Database
+
+Keys = set[tuple[str, str, date]]
+_PREFIXES = {"user_id": "usr", "deployment_id": "dep", "agent_id": "agnt", "project_id": "prj"}
 
 
-def _uuid(identifier: str | None) -> str | None:
-    return None if identifier is None else identifier[-32:]
+def _text(column: str) -> str:
+    """A column as roll-ups and counters know it: identifiers with their prefix, empty when there is none."""
+    if column in _PREFIXES:
+        return f"coalesce('{_PREFIXES[column]}_' || replace({column}::text, '-', ''), '')"
+    return f"coalesce({column}, '')" if column else "''"
 
 
-def _plain(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _dim(number: int) -> str:
+    cases = " ".join(f"WHEN '{kind}' THEN {_text(columns[number])}" for kind, columns in KINDS.items())
+    return f"CASE kind {cases} END AS dim_{number + 1}"
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[Any], str | None]]] = {
-    "org_id": ("uuid", _uuid), "id": ("text", _plain), "month": ("date", _plain), "occurred_at": ("timestamptz", _plain),
-    "user_id": ("uuid", _uuid), "api_key_id": ("text", _plain), "deployment_id": ("uuid", _uuid), "agent_id": ("uuid", _uuid),
-    "thread_id": ("uuid", _uuid), "project_id": ("uuid", _uuid), "provider": ("text", _plain), "model": ("text", _plain),
-    "type": ("text", lambda number: USAGE_TYPE.words[number]), "tokens_in": ("bigint", _plain), "tokens_out": ("bigint", _plain),
-    "tokens_cached": ("bigint", _plain), "tokens_reasoning": ("bigint", _plain), "tokens_total": ("bigint", _plain),
-    "cost": ("numeric", _plain), "currency": ("text", _plain), "latency_ms": ("bigint", _plain),
-    "status": ("text", lambda number: USAGE_STATUS.words[number]), "operation_id": ("text", _plain), "attempt": ("integer", _plain),
-    "estimated": ("boolean", _plain), "metadata": ("json", lambda value: orjson.dumps(value).decode()),
-    "created_at": ("timestamptz", _plain),
-}  # fmt: skip
-_ATTRIBUTES = {"metadata": "metadata_"}
-_NAMES = ", ".join(_COLUMNS)
-_GIVEN = ", ".join(f"CAST(:{name} AS text[])" for name in _COLUMNS)
-_CAST = ", ".join(f"{name}::{kind} AS {name}" for name, (kind, _) in _COLUMNS.items())
-_KEY = "org_id, day, provider, model, deployment_id, currency"
-_SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
-_ADDED = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in _SUMS)
-_STORE = text(f"""
-WITH stored AS (
-    INSERT INTO usage_events ({_NAMES})
-    SELECT {_CAST} FROM unnest({_GIVEN}) AS given({_NAMES}) ORDER BY org_id::uuid, id, month::date
-    ON CONFLICT DO NOTHING
-    RETURNING org_id, id, month, occurred_at, provider, model, deployment_id, currency, tokens_in, tokens_out, tokens_total, cost
-), sums AS (
-    SELECT org_id, (occurred_at AT TIME ZONE 'UTC')::date AS day, provider, model,
-        coalesce(deployment_id, '{NO_DEPLOYMENT[-32:]}'::uuid) AS deployment_id, currency,
-        count(*) AS events, sum(tokens_in) AS tokens_in, sum(tokens_out) AS tokens_out, sum(tokens_total) AS tokens_total,
-        coalesce(sum(cost), 0) AS cost, count(*) FILTER (WHERE cost IS NULL) AS unpriced_events
-    FROM stored GROUP BY 1, 2, 3, 4, 5, 6
-), rolled AS (
-    INSERT INTO usage_rollups AS r ({_KEY}, {", ".join(_SUMS)}, created_at, updated_at)
-    SELECT {_KEY}, {", ".join(_SUMS)}, now(), now() FROM sums ORDER BY {_KEY}
-    ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}, updated_at = excluded.updated_at
+_IN_BUCKET = f"width_bucket(latency_ms, ARRAY[{', '.join(map(str, LATENCY_MS))}]::bigint[])"
+_OWN = "adjusts = ''"
+_SUMMED = {
+    "events": f"count(*) FILTER (WHERE {_OWN})", "errors": f"count(*) FILTER (WHERE {_OWN} AND status = 'error')",
+    "unpriced_events": f"count(*) FILTER (WHERE {_OWN} AND cost IS NULL)", "cost": "coalesce(sum(cost), 0)",
+} | {name: f"count(*) FILTER (WHERE bucket = {number})" for number, name in enumerate(LATENCIES)}  # fmt: skip
+_ADDED = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in SUMS)
+_KEY = "org_id, kind, starts_at, dim_1, dim_2, dim_3, currency"
+_COUNTER_KEY = "org_id, scope, subject, period, starts_at"
+_BUCKET = f"CASE WHEN latency_ms > 0 AND {_OWN} THEN {_IN_BUCKET} END AS bucket"
+
+_NEEDED = (
+    "org_id, id, month, user_id, api_key_id, deployment_id, agent_id, project_id, provider, model, type, status, adjusts, currency, cost, "
+    "tokens_in, tokens_out, tokens_cached, tokens_reasoning, tokens_total"
 )
-SELECT org_id, id, month FROM stored
-""")  # noqa: S608 - only our own names are put in
+_COUNTED = f"{_NEEDED}, date_bin('15 minutes', occurred_at, TIMESTAMPTZ '2000-01-01 00:00:00+00') AS starts_at, {_BUCKET}"
+_SUMS = f"""sums AS (
+    SELECT org_id, kind, starts_at, {_dim(0)}, {_dim(1)}, {_dim(2)}, currency,
+        {", ".join(f"{_SUMMED.get(name, f'sum({name})')} AS {name}" for name in SUMS)}
+    FROM stored CROSS JOIN (VALUES {", ".join(f"('{kind}')" for kind in KINDS)}) AS kinds(kind) GROUP BY {_KEY}
+)"""  # noqa: S608
+_COUNTED_BY = f"CASE scope {' '.join(f'WHEN {scope!r} THEN {kind!r}' for scope, (kind, _) in COUNTED_BY.items())} END"
+_PLACES = {scope: "''" if place is None else f"dim_{place + 1}" for scope, (_, place) in COUNTED_BY.items()}
+_SUBJECT = f"CASE scope {' '.join(f'WHEN {scope!r} THEN {place}' for scope, place in _PLACES.items())} END"
 
 
-async def store(session: AsyncSession, rows: Sequence[dict[str, Any]]) -> set[tuple[str, str, date]]:
-    """As ``repository.store``."""
-    given = {
-        name: [convert(row[_ATTRIBUTES.get(name, name)]) for row in rows] for name, (_, convert) in _COLUMNS.items()
-    }
-    return {(f"org_{row[0].hex}", row[1], row[2]) for row in await session.execute(_STORE, given)}
+
+@lru_cache(maxsize=32)
+def _statement(same: frozenset[str]) -> str:
+    """Parameters: currency, version of the book, how many rows, and the columns."""
+    return f"""
+WITH book AS (
+    SELECT coalesce((SELECT version FROM price_book_versions WHERE currency = $1), 0) = $2 AS fresh
+), stored AS (
+    INSERT INTO usage_events ({texts.NAMES})
+    SELECT * FROM ({texts.select(same, 4)}) AS given WHERE (SELECT fresh FROM book) ORDER BY org_id, id COLLATE "C", month
+    ON CONFLICT DO NOTHING
+    RETURNING {_COUNTED}
+), {_SUMS}, rolled AS (
+    INSERT INTO usage_rollups AS r ({_KEY}, {", ".join(SUMS)}, created_at, updated_at)
+    SELECT {_KEY}, {", ".join(SUMS)}, now(), now() FROM sums ORDER BY {_KEY}
+    ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}, updated_at = excluded.updated_at
+), wanted AS (
+    SELECT org_id, scope, period FROM (SELECT DISTINCT org_id FROM stored) AS orgs
+    CROSS JOIN (VALUES {", ".join(f"('{scope}', '{period}')" for scope, period in ALWAYS)}) AS always(scope, period)
+    UNION SELECT org_id, scope, period FROM quotas WHERE org_id IN (SELECT org_id FROM stored)
+), counts AS (
+    SELECT s.org_id, scope, {_SUBJECT} AS subject, period, date_trunc(period, s.starts_at, 'UTC') AS starts_at,
+        sum(tokens_total) AS tokens, sum(cost) AS cost
+    FROM sums AS s JOIN wanted AS w ON w.org_id = s.org_id AND s.kind = {_COUNTED_BY} GROUP BY 1, 2, 3, 4, 5
+), counted AS (
+    INSERT INTO usage_counters AS c ({_COUNTER_KEY}, tokens, cost, created_at, updated_at)
+    SELECT {_COUNTER_KEY}, tokens, cost, now(), now() FROM counts WHERE scope = 'organization' OR subject <> '' ORDER BY {_COUNTER_KEY}
+    ON CONFLICT ({_COUNTER_KEY}) DO UPDATE SET tokens = c.tokens + excluded.tokens, cost = c.cost + excluded.cost,
+        updated_at = excluded.updated_at
+)
+SELECT (SELECT fresh FROM book),
+    CASE WHEN (SELECT count(*) FROM stored) < $3 THEN ARRAY(SELECT ROW(org_id, id, month) FROM stored) END
+"""  # noqa: S608 - only our own names are put in
+
+
+_FIRST = f"SELECT pg_advisory_xact_lock_shared(hashtextextended('{RULES}', 0))"
+"""As ``kit.db.together``."""
+
+
+async def commit(db: Database, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:
+    """As ``store``, in a transaction of its own: beside SQLAlchemy, whose session costs more than a few events."""
+
+    async def once() -> tuple[bool, Keys]:
+        async with db.raw(_FIRST) as connection:
+            return await _write(connection, rows, book)
+
+    return await db.again(once)
+
+
+async def store(session: AsyncSession, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:
+    """As ``repository.store``: (whether the book still counts, the keys of what was new). Another statement of the session has begun its
+    transaction."""
+    raw = await (await session.connection()).get_raw_connection()
+    try:
+        return await _write(raw.driver_connection, rows, book)
+    except asyncpg.PostgresError as error:
+        # What SQLAlchemy would have made of it, so that a unit of work that clashed is repeated.
+        raise DBAPIError("INSERT INTO usage_events", None, error) from error
+
+
+async def _write(connection: Any, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:
+    same, given = texts.encode(rows)
+    fresh, new = await connection.fetchrow(_statement(same), book.currency, book.version, len(rows), *given)
+    if new is None:
+        return fresh, {row.key for row in rows}
+    return fresh, {(f"org_{org_id.hex}", event_id, month) for org_id, event_id, month in new}
+
+
+_RECOUNT = text(
+    f"WITH stored AS (SELECT {_COUNTED} FROM usage_events WHERE org_id = :org AND month = :month), {_SUMS} SELECT * FROM sums"  # noqa: S608
+).bindparams(bindparam("org", type_=Identifier("org")))
+
+
+_ONE_MOMENT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+
+
+async def recount(session: AsyncSession, org_id: str, month: date) -> list[dict[str, Any]]:
+    """The roll-up rows that the events of an organization's month make."""
+    rows = await session.execute(_RECOUNT, {"org": org_id, "month": month})
+    return [dict(row._mapping) | {"org_id": org_id} for row in rows]
+
+
+async def as_of_one_moment(session: AsyncSession) -> None:
+    """Lets all statements of a transaction see the same moment, while others write; must be its first."""
+    await session.execute(_ONE_MOMENT)

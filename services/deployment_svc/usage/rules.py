@@ -1,119 +1,103 @@
-"""When an event counts, and as what: pure functions."""
+"""What events add to roll-ups and counters: pure functions, the portable form of what postgres.py says in SQL."""
 
-import uuid
+from bisect import bisect_right
 from collections.abc import Iterable
-from datetime import date, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
-from services.deployment_svc.usage.models import NO_DEPLOYMENT
-from services.deployment_svc.usage.prices import PriceBook
-from services.kit.auth import Caller
-from services.kit.errors import InvalidArgument
-from services.kit.ids import uuid7_time
-from services.kit.proto import to_datetime
+from services.deployment_svc.usage.models import KINDS, LATENCIES, LATENCY_MS, SUMS, USAGE_TYPE
 
-MODEL_CALL = "call_"
-"""Ids of events that the model endpoint writes start so, and no others."""
-_SAME_MOMENT = timedelta(hours=1)
-"""An id made just before the end of a month, for a call just after it, is no contradiction: the id's time counts."""
-
-
-def occurred(event: pb.UsageEvent, at: datetime, late: timedelta, ahead: timedelta) -> datetime:
-    """When an event of a caller's own making happened; its month is part of its identity, so a UUIDv7's own time decides the month."""
-    if event.id.startswith(MODEL_CALL):
-        raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written by the model endpoint alone")
-    inside = _time_in_id(event.id)
-    given = to_datetime(event.occurred_at) if event.HasField("occurred_at") else None
-    if given is None and inside is None:
-        raise InvalidArgument("occurred_at", "is needed, since the id is no UUID of version 7 and carries no time")
-    if given is not None and inside is not None and month_of(inside) != month_of(given):
-        if abs(given - inside) <= _SAME_MOMENT:
-            given = None
-        elif "-" in event.id:  # Without dashes it may be no UUID: one of 64 random texts looks like one of version 7.
-            raise InvalidArgument("occurred_at", "lies in another month than the time in the id")
-    when = given or inside
-    assert when is not None
-    if when < at - late:
-        raise InvalidArgument("occurred_at", f"is more than {late.days} days ago")
-    if when > at + ahead:
-        raise InvalidArgument("occurred_at", f"is more than {int(ahead.total_seconds())} seconds ahead of time")
-    return when
+QUARTER = timedelta(minutes=15)
+PERIODS = ("hour", "day", "month")
+ALWAYS = (("organization", "hour"), ("organization", "month"))
+"""Counters that each organization has; others exist where a quota asks for them."""
+SUBJECTS = {"organization": "", "user": "user_id", "api_key": "api_key_id", "deployment": "deployment_id"}
+"""Scope of a counter -> the column of an event that is its subject."""
+COUNTED_BY: dict[str, tuple[str, int | None]] = {
+    "organization": ("model", None), "user": ("caller", 0), "api_key": ("caller", 1), "deployment": ("workload", 0),
+}  # fmt: skip
+"""Scope of a counter -> the kind of roll-ups that it adds up, and which of their dimensions is its subject."""
+Wanted = tuple[str, str, str]
+"""(organization, scope, period) of counters that a quota asks for."""
 
 
-def _time_in_id(text: str) -> datetime | None:
-    if len(text) not in (32, 36):
-        return None
-    try:
-        return uuid7_time(uuid.UUID(text))
-    except ValueError:
-        return None
+def quarter_of(when: datetime) -> datetime:
+    """When the quarter of an hour began."""
+    return when.replace(minute=when.minute // 15 * 15, second=0, microsecond=0)
 
 
-def month_of(when: datetime) -> date:
-    """The first day of the month, UTC."""
-    return when.date().replace(day=1)
+def period_of(period: str, when: datetime) -> datetime:
+    """When the hour, day or month began, UTC."""
+    hour = when.replace(minute=0, second=0, microsecond=0)
+    if period == "hour":
+        return hour
+    return hour.replace(hour=0) if period == "day" else hour.replace(hour=0, day=1)
 
 
-def to_row(event: pb.UsageEvent, caller: Caller, org_id: str, when: datetime, at: datetime, prices: PriceBook) -> dict[str, Any]:
-    """The columns of an event. Organization, user, key, a bot's deployment and the cost never come from the caller's words."""
-    if event.tokens_cached > event.tokens_in:
-        raise InvalidArgument("tokens_cached", "is more than tokens_in, of which it is a part")
-    if event.tokens_reasoning > event.tokens_out:
-        raise InvalidArgument("tokens_reasoning", "is more than tokens_out, of which it is a part")
-    return {
-        "org_id": org_id,
-        # One spelling for one UUID, so that another spelling is no second event.
-        "id": str(uuid.UUID(event.id)) if _time_in_id(event.id) else event.id,
-        "month": month_of(when),
-        "occurred_at": when,
-        "user_id": caller.user_id or None,
-        "api_key_id": caller.key_id or None,
-        "deployment_id": caller.deployment_id or event.deployment_id or None,
-        "agent_id": event.agent_id or None,
-        "thread_id": event.thread_id or None,
-        "project_id": event.project_id or None,
-        "provider": event.provider,
-        "model": event.model,
-        "type": event.type or pb.USAGE_TYPE_CHAT,
-        "tokens_in": event.tokens_in,
-        "tokens_out": event.tokens_out,
-        "tokens_cached": event.tokens_cached,
-        "tokens_reasoning": event.tokens_reasoning,
-        "tokens_total": event.tokens_in + event.tokens_out,
-        "cost": prices.cost(event.provider, event.model, event.tokens_in, event.tokens_cached, event.tokens_out),
-        "currency": prices.currency,
-        "latency_ms": event.latency_ms,
-        "status": event.status or pb.USAGE_STATUS_OK,
-        "operation_id": event.operation_id,
-        "attempt": event.attempt,
-        "estimated": event.estimated,
-        "metadata_": dict(event.metadata),
-        "created_at": at,
-    }
+def period_end(period: str, start: datetime) -> datetime:
+    """When the hour, day or month ends that began then."""
+    if period == "month":
+        return (start + timedelta(days=32)).replace(day=1)
+    return start + (timedelta(hours=1) if period == "hour" else timedelta(days=1))
 
 
-_SUMS = ("events", "tokens_in", "tokens_out", "tokens_total", "cost", "unpriced_events")
+def added(row: Any, sign: int = 1) -> dict[str, Any]:
+    """What one event adds to each of its roll-ups, or takes away. A correction is no event of its own."""
+    own = sign * (not row.adjusts)
+    sums: dict[str, Any] = dict.fromkeys(SUMS, 0) | {"events": own, "cost": sign * (row.cost or Decimal(0))}
+    sums["errors"] = own * (row.status == pb.USAGE_STATUS_ERROR)
+    sums["unpriced_events"] = own * (row.cost is None)
+    for name in ("tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning", "tokens_total"):
+        sums[name] = sign * getattr(row, name)
+    if row.latency_ms > 0:
+        sums[LATENCIES[bisect_right(LATENCY_MS, row.latency_ms)]] = own
+    return sums
 
 
-def rolled_up(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def dims(row: Any, kind: str) -> tuple[str, str, str]:
+    """What an event is in a kind of roll-up."""
+    one, two, three = (_text(row, name) for name in KINDS[kind])
+    return one, two, three
+
+
+def _text(row: Any, column: str) -> str:
+    if not column:
+        return ""
+    value = getattr(row, column)
+    return USAGE_TYPE.words[value] if column == "type" else value or ""
+
+
+_ROLLUP_KEY = ("org_id", "kind", "starts_at", "dim_1", "dim_2", "dim_3", "currency")
+_COUNTER_KEY = ("org_id", "scope", "subject", "period", "starts_at")
+
+
+def rolled_up(rows: Iterable[Any], sign: int = 1) -> list[dict[str, Any]]:
     """The roll-up rows of events, in key order, so that two transactions cannot wait for each other in a circle."""
     sums: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = (
-            row["org_id"],
-            row["occurred_at"].date(),
-            row["provider"],
-            row["model"],
-            row["deployment_id"] or NO_DEPLOYMENT,
-            row["currency"],
-        )
-        total = sums.setdefault(key, dict.fromkeys(_SUMS, 0) | {"cost": Decimal(0)})
-        total["events"] += 1
-        for name in ("tokens_in", "tokens_out", "tokens_total"):
-            total[name] += row[name]
-        total["cost"] += row["cost"] or 0
-        total["unpriced_events"] += row["cost"] is None
-    names = ("org_id", "day", "provider", "model", "deployment_id", "currency")
-    return [dict(zip(names, key, strict=True)) | sums[key] for key in sorted(sums)]
+        more = added(row, sign)
+        for kind in KINDS:
+            key = (row.org_id, kind, quarter_of(row.occurred_at), *dims(row, kind), row.currency)
+            total = sums.setdefault(key, dict.fromkeys(SUMS, 0) | {"cost": Decimal(0)})
+            for name, value in more.items():
+                total[name] += value
+    return [dict(zip(_ROLLUP_KEY, key, strict=True)) | sums[key] for key in sorted(sums)]
+
+
+def counted(rows: Iterable[Any], wanted: Iterable[Wanted], sign: int = 1) -> list[dict[str, Any]]:
+    """The counter rows of events, in key order."""
+    asked: dict[str, set[tuple[str, str]]] = {}
+    for org_id, scope, period in wanted:
+        asked.setdefault(org_id, set()).add((scope, period))
+    sums: dict[tuple[Any, ...], list[Any]] = {}
+    for row in rows:
+        for scope, period in {*ALWAYS, *asked.get(row.org_id, ())}:
+            subject = _text(row, SUBJECTS[scope])
+            if scope != "organization" and not subject:
+                continue
+            total = sums.setdefault((row.org_id, scope, subject, period, period_of(period, row.occurred_at)), [0, Decimal(0)])
+            total[0] += sign * row.tokens_total
+            total[1] += sign * (row.cost or 0)
+    return [dict(zip(_COUNTER_KEY, key, strict=True)) | {"tokens": sums[key][0], "cost": sums[key][1]} for key in sorted(sums)]

@@ -16,7 +16,7 @@ from services.user_svc.api_keys.models import ENVIRONMENT, ApiKey
 from services.user_svc.organizations.models import Organization
 from services.user_svc.users.models import User
 
-PERMISSIONS = ("models.call", "usage.record")
+PERMISSIONS = ("models.call", "quotas.read", "usage.record", "usage.reserve")
 """All that a bot may do."""
 _NAME = "bot"
 _ENDED = "the start that it was made for has ended"

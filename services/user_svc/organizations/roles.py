@@ -13,10 +13,11 @@ PERSONAL = frozenset(
 _VIEWER = PERSONAL | frozenset(
     {
         "organizations.get", "members.list", "entitlements.get", "deployments.get", "deployments.list", "payments.list", "usage.read",
+        "quotas.read",
     }
 )  # fmt: skip
 _DEVELOPER = _VIEWER | {
-    "deployments.create", "deployments.update", "deployments.close", "usage.record", "models.call",
+    "deployments.create", "deployments.update", "deployments.close", "usage.record", "usage.reserve", "models.call",
     "api_keys.create", "api_keys.get", "api_keys.list", "api_keys.update", "api_keys.revoke",
 }  # fmt: skip
 _ADMIN = _DEVELOPER | {

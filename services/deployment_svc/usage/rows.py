@@ -1,0 +1,192 @@
+"""From reported events to rows of the ledger: pure functions. Built for many at once: a row is a tuple, and nothing is parsed twice."""
+
+import re
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from clawplane.deployment.v1 import usage_event_pb2 as pb
+from services.deployment_svc.prices.book import MOST_COST, PriceBook
+from services.kit.errors import InvalidArgument
+from services.kit.ids import uuid7_time
+from services.kit.proto import to_datetime
+
+MODEL_CALL = "call_"
+"""Ids of events that reservations become start so, and no others."""
+_SAME_MOMENT = timedelta(hours=1)
+"""An id made just before the end of a month, for a call just after it, is no contradiction: the id's time counts."""
+_CHAT, _OK = pb.USAGE_TYPE_CHAT, pb.USAGE_STATUS_OK
+_UUID_LENGTHS = (32, 36)
+# As nearly all are written. The first digit is not the time's last possible one, which no datetime holds.
+_SPELLED = re.compile("0[0-9a-f]{7}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+class Row(NamedTuple):
+    """An event as it is stored: the columns of ``usage_events`` in its order, values as the models take them."""
+
+    org_id: str
+    id: str
+    month: date
+    occurred_at: datetime
+    user_id: str | None
+    api_key_id: str | None
+    deployment_id: str | None
+    agent_id: str | None
+    thread_id: str | None
+    project_id: str | None
+    provider: str
+    model: str
+    type: int
+    tokens_in: int
+    tokens_out: int
+    tokens_cached: int
+    tokens_reasoning: int
+    tokens_total: int
+    cost: Decimal | None
+    stated_cost: Decimal | None
+    price_id: str | None
+    currency: str
+    latency_ms: int
+    status: int
+    operation_id: str
+    attempt: int
+    estimated: bool
+    adjusts: str
+    reason: str
+    metadata_: dict[str, Any]
+    created_at: datetime
+
+    @property
+    def key(self) -> tuple[str, str, date]:
+        """What makes it this event."""
+        return self.org_id, self.id, self.month
+
+    def priced(self, book: PriceBook) -> "Row":
+        """The same at the prices of a book."""
+        cost, price_id = price(book, self)
+        return self._replace(cost=cost, price_id=price_id)
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Who reports: what of an event never comes from the caller's words."""
+
+    org_id: str
+    user_id: str | None
+    api_key_id: str | None
+    deployment_id: str | None
+    """A bot's own; it reports for no other."""
+    own: frozenset[str] = frozenset()
+    """Of the deployments that the events name, those of the organization."""
+    may_state_cost: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """When events may have happened."""
+
+    late: timedelta
+    ahead: timedelta
+
+
+def row_of(event: pb.UsageEvent, who: Reporter, at: datetime, window: Window, book: PriceBook) -> Row:
+    """The row of an event that somebody reports; InvalidArgument naming the field otherwise. Its field rules are checked before."""
+    identity, when = occurred(event, at, window)
+    named = event.deployment_id
+    if named and not who.deployment_id and named not in who.own:
+        raise InvalidArgument("deployment_id", "is none of the organization's deployments")
+    stated = event.stated_cost
+    if stated and not who.may_state_cost:
+        raise InvalidArgument("stated_cost", "needs the permission usage.state_cost; leave it out: the cost is computed here")
+    return make(
+        event, (who.org_id, who.user_id, who.api_key_id, who.deployment_id or named or None), identity, when, at, book,
+        Decimal(stated) if stated else None,
+    )  # fmt: skip
+
+
+def make(
+    event: pb.UsageEvent, who: tuple[str, str | None, str | None, str | None], identity: str, when: datetime, at: datetime, book: PriceBook,
+    stated: Decimal | None = None,
+) -> Row:  # fmt: skip
+    """The row of an event whose identity and time are settled. ``who``: organization, user, API key, deployment."""
+    tokens_in, tokens_out, cached, reasoning = event.tokens_in, event.tokens_out, event.tokens_cached, event.tokens_reasoning
+    if cached > tokens_in:
+        raise InvalidArgument("tokens_cached", "is more than tokens_in, of which it is a part")
+    if reasoning > tokens_out:
+        raise InvalidArgument("tokens_reasoning", "is more than tokens_out, of which it is a part")
+    provider, model = event.provider, event.model
+    line = book.find(provider, model, tokens_in, when)
+    cost = line.cost(tokens_in, tokens_out, cached, reasoning) if line is not None else None
+    if cost is not None and cost > MOST_COST:
+        raise InvalidArgument("tokens_in", f"together with tokens_out costs more than {MOST_COST}; no single call does")
+    org_id, user_id, key_id, deployment_id = who
+    return Row(
+        org_id, identity, month_of(when), when, user_id, key_id, deployment_id, event.agent_id or None, event.thread_id or None,
+        event.project_id or None, provider, model, event.type or _CHAT, tokens_in, tokens_out, cached, reasoning, tokens_in + tokens_out,
+        cost, stated, line.id if line is not None else None, book.currency, event.latency_ms, event.status or _OK, event.operation_id,
+        event.attempt, event.estimated, "", "", dict(event.metadata) if event.metadata else {}, at,
+    )  # fmt: skip
+
+
+def price(book: PriceBook, row: Any) -> tuple[Decimal | None, str | None]:
+    """(cost, price id) of what is or will be a row of the ledger, by its tokens and time; (None, None) without a price."""
+    line = book.find(row.provider, row.model, row.tokens_in, row.occurred_at)
+    if line is None:
+        return None, None
+    return line.cost(row.tokens_in, row.tokens_out, row.tokens_cached, row.tokens_reasoning), line.id
+
+
+def occurred(event: pb.UsageEvent, at: datetime, window: Window) -> tuple[str, datetime]:
+    """(identity, when it happened) of an event of a caller's own making. Its month is part of its identity, so the time in a UUID of
+    version 7 decides the month."""
+    identity = event.id
+    if identity.startswith(MODEL_CALL):
+        raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written for reservations alone")
+    inside, spelled = _time_in_id(identity)
+    given = to_datetime(event.occurred_at) if event.HasField("occurred_at") else None
+    if given is None and inside is None:
+        raise InvalidArgument("occurred_at", "is needed, since the id is no UUID of version 7 and carries no time")
+    if given is not None and inside is not None and (inside.month != given.month or inside.year != given.year):
+        if abs(given - inside) <= _SAME_MOMENT:
+            given = None
+        elif "-" in identity:  # Without dashes it may be no UUID: one of 64 random texts looks like one of version 7.
+            raise InvalidArgument("occurred_at", "lies in another month than the time in the id")
+    when = given or inside
+    assert when is not None
+    if when < at - window.late:
+        raise InvalidArgument("occurred_at", f"is more than {window.late.days} days ago")
+    if when > at + window.ahead:
+        raise InvalidArgument("occurred_at", f"is more than {int(window.ahead.total_seconds())} seconds ahead of time")
+    return spelled, when
+
+
+def spelling(event_id: str) -> str:
+    """How the id of an event is stored: a UUID has several spellings."""
+    return _time_in_id(event_id)[1]
+
+
+def _time_in_id(text: str) -> tuple[datetime | None, str]:
+    """The time in a UUID of version 7, and its one spelling, so that another spelling is no second event; (None, as it is) otherwise."""
+    if len(text) not in _UUID_LENGTHS:
+        return None, text
+    if _SPELLED.fullmatch(text):
+        return datetime.fromtimestamp(int(text[:8] + text[9:13], 16) / 1000, UTC), text
+    try:
+        found = uuid.UUID(text)
+        inside = uuid7_time(found)
+    except (ValueError, OverflowError):
+        return None, text
+    return (inside, str(found)) if inside is not None else (None, text)
+
+
+def month_of(when: datetime) -> date:
+    """The first day of the month, UTC."""
+    return date(when.year, when.month, 1)
+
+
+def keys(rows: Iterable[Row]) -> set[tuple[str, str, date]]:
+    """The identities of rows."""
+    return {row.key for row in rows}
