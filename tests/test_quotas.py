@@ -449,3 +449,22 @@ async def test_two_processes_tell_each_part_once(databases: Databases, tmp_path:
             await channel.close()
     finally:
         processes.stop()
+
+
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
+async def test_connections_that_are_cut_are_made_anew(limited: Stack) -> None:
+    """As by a restart of the database: who meets one is told to come again, and the next is served."""
+    who = await limited.person()
+    await asyncio.gather(*(check(limited, who.metadata) for _ in range(20)))
+    async with ledger(limited) as db, db.reading.connect() as connection:
+        cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        assert (await connection.execute(sa.text(cut))).scalar_one() >= 1
+    failures = []
+    for _ in range(30):
+        try:
+            await check(limited, who.metadata)
+            await reserve(limited, who.metadata, 1)
+        except grpc.aio.AioRpcError as error:
+            failures.append(error.code())
+    assert set(failures) <= {Code.UNAVAILABLE} and len(failures) <= 5, failures
+    assert (await check(limited, who.metadata)).allowed

@@ -320,4 +320,4 @@ async def test_sixty_at_once_never_hold_more_than_there_is(stack: Stack, person:
 @pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_processes_together_never_hold_more_than_there_is(databases: Databases, tmp_path: Path) -> None:
     said = await prove(databases, tmp_path, processes=3, callers=24, seconds=4)
-    assert said["granted"] > 50 and said["refused"] > 20 and said["settled"] > 30, said
+    assert said["granted"] > 30 and said["refused"] > 5 and said["settled"] > 10, said

@@ -139,7 +139,7 @@ def _counters() -> None:
         *_times(),
         sa.PrimaryKeyConstraint("org_id", "scope", "subject", "period", "starts_at", name=op.f("pk_usage_counters")),
     )
-    op.create_index("ix_usage_counters__period_starts_at_org_id", "usage_counters", ["period", "starts_at", "org_id"])
+    op.create_index("ix_usage_counters__period_starts_at_org_id", "usage_counters", ["period", "starts_at", "org_id", "scope", "subject"])
     for period in ("hour", "month"):
         if _is_sqlite():
             form = "%Y-%m-%d %H:00:00.000000" if period == "hour" else "%Y-%m-01 00:00:00.000000"

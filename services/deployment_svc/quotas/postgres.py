@@ -11,10 +11,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.deployment_svc.quotas.rules import TOKENS, Key, Limit, Standing, Standings, Who
 
-_HOLDS = ", ".join(
-    f"sum({column}) FILTER (WHERE created_at >= {period}) AS {name}_{period}"
+_HELD = "org_id, user_id, api_key_id, deployment_id, tokens_in + tokens_out AS tokens, cost_held AS cost, created_at, hour, day, month"
+_SUMS = ", ".join(
+    f"sum({name}) FILTER (WHERE created_at >= {period}) AS {name}_{period}"
     for period in ("hour", "day", "month")
-    for name, column in (("tokens", "tokens_in + tokens_out"), ("cost", "cost_held"))
+    for name in ("tokens", "cost")
 )
 _OF_PERIOD = "CASE period WHEN 'hour' THEN {0}_hour WHEN 'day' THEN {0}_day ELSE {0}_month END"
 
@@ -44,19 +45,19 @@ WITH clock AS MATERIALIZED (
     FROM asked CROSS JOIN clock CROSS JOIN LATERAL (VALUES ('hour', hour), ('day', day), ('month', month)) AS each(period, starts_at)
     WHERE (scope = 'organization' AND period <> 'day') OR (org_id, scope, period) IN (SELECT org_id, scope, period FROM limited)
 ), holds AS MATERIALIZED (
-    SELECT * FROM usage_reservations CROSS JOIN clock WHERE org_id = ANY($1::text[]::uuid[]) AND NOT settled AND expires_at > at
+    SELECT {_HELD} FROM usage_reservations CROSS JOIN clock
+    WHERE org_id = ANY($1::text[]::uuid[]) AND NOT settled AND expires_at > at
     UNION ALL
-    SELECT * FROM usage_reservations CROSS JOIN clock
+    SELECT {_HELD} FROM usage_reservations CROSS JOIN clock
     WHERE org_id = ANY($1::text[]::uuid[]) AND NOT settled AND settles_itself AND expires_at <= at
 ), held AS MATERIALIZED (
-    SELECT org_id,
-        CASE GROUPING(user_id, api_key_id, deployment_id)
-            WHEN 7 THEN 'organization' WHEN 3 THEN 'user' WHEN 5 THEN 'api_key' ELSE 'deployment' END AS scope,
-        CASE GROUPING(user_id, api_key_id, deployment_id)
-            WHEN 7 THEN '' WHEN 3 THEN {_subject("user_id", "usr")} WHEN 5 THEN api_key_id
-            ELSE {_subject("deployment_id", "dep")} END AS subject,
-        {_HOLDS}
-    FROM holds GROUP BY GROUPING SETS ((org_id), (org_id, user_id), (org_id, api_key_id), (org_id, deployment_id))
+    SELECT org_id, 'organization' AS scope, '' AS subject, {_SUMS} FROM holds GROUP BY org_id
+    UNION ALL
+    SELECT org_id, CASE GROUPING(user_id, api_key_id, deployment_id) WHEN 3 THEN 'user' WHEN 5 THEN 'api_key' ELSE 'deployment' END,
+        CASE GROUPING(user_id, api_key_id, deployment_id) WHEN 3 THEN {_subject("user_id", "usr")} WHEN 5 THEN api_key_id
+            ELSE {_subject("deployment_id", "dep")} END, {_SUMS}
+    FROM holds WHERE org_id IN (SELECT org_id FROM limited WHERE scope <> 'organization')
+    GROUP BY GROUPING SETS ((org_id, user_id), (org_id, api_key_id), (org_id, deployment_id))
 )
 SELECT place, scope, subject, period, c.tokens, c.cost::text, ({_OF_PERIOD.format("tokens")})::bigint, ({_OF_PERIOD.format("cost")})::text,
     NULL::text AS unit, NULL::uuid AS id, NULL::boolean AS soft, NULL::boolean AS suspends, NULL::timestamptz AS at

@@ -6,6 +6,7 @@ from decimal import Decimal
 from functools import lru_cache
 from operator import itemgetter
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -146,5 +147,6 @@ def _unused(limit: Limit, ends_at: datetime) -> quota_pb2.QuotaStatus:
     """What is the same of a limit whatever is used of it."""
     return quota_pb2.QuotaStatus(
         quota_id=limit.quota_id, scope=SCOPE.numbers[limit.scope], subject=limit.subject, period=PERIOD.numbers[limit.period],
-        unit=UNIT.numbers[limit.unit], amount=exact(limit.amount), soft=limit.soft, resets_at=ends_at,
+        unit=UNIT.numbers[limit.unit], amount=exact(limit.amount), soft=limit.soft,
+        resets_at=Timestamp(seconds=int(ends_at.timestamp())),
     )  # fmt: skip

@@ -116,7 +116,7 @@ class UsageCounter(Tenant, Timestamps, Base):
     Every organization has those of its hours and months; others exist where a quota asks for them."""
 
     __tablename__ = "usage_counters"
-    __table_args__ = (Index("ix_usage_counters__period_starts_at_org_id", "period", "starts_at", "org_id"),)
+    __table_args__ = (Index("ix_usage_counters__period_starts_at_org_id", "period", "starts_at", "org_id", "scope", "subject"),)
 
     org_id: Mapped[str] = mapped_column(Identifier("org"), primary_key=True, sort_order=-20)
     scope: Mapped[str] = mapped_column(String(16), primary_key=True)

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import and_, delete, insert, or_, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.prices.book import PriceBook
@@ -85,16 +85,16 @@ async def take(session: AsyncSession, wanted: Sequence[tuple[str, str, str]]) ->
     whoever gets one writes its event. Without an organization, only those that settle themselves; with one, only the others."""
     if is_postgres(session):
         return await postgres.take(session, wanted)
-    r = UsageReservation
-    these = [
-        and_(
-            r.id == call_id, r.settles_itself.is_(not org_id), *([r.org_id == org_id] if org_id else []),
-            *([r.deployment_id == deployment_id] if deployment_id else []),
-        )
-        for call_id, org_id, deployment_id in wanted
-    ]  # fmt: skip
-    gone = await session.execute(delete(r).where(or_(*these), r.settled.is_(False)).returning(*r.__mapper__.columns))
-    return [dict(row._mapping) for row in gone], now()
+    r, whose = UsageReservation, {call_id: (org_id, deployment_id) for call_id, org_id, deployment_id in wanted}
+    found = await session.execute(select(*r.__mapper__.columns).where(r.id.in_(whose), r.settled.is_(False)))
+    rows = [dict(row._mapping) for row in found if _is_wanted(row, *whose[row.id])]
+    gone = delete(r).where(r.id.in_([row["id"] for row in rows]))
+    await session.execute(gone.execution_options(synchronize_session=False))
+    return rows, now()
+
+
+def _is_wanted(row: Any, org_id: str, deployment_id: str) -> bool:
+    return row.settles_itself == (not org_id) and org_id in ("", row.org_id) and deployment_id in ("", row.deployment_id)
 
 
 async def write(
