@@ -34,7 +34,8 @@ class Compose:
     def __init__(self, databases: Databases, folder: Path) -> None:
         self.folder, self.env = folder, fresh_env() | {"CLAWPLANE_KEY_RING": "/keys/ring.json"}
         urls = databases.make()
-        ports = {port: str(free_port()) for port in ("50051", "50052", "8080", "9101", "9102")}
+        # Every other one: the metrics of a service's second worker are at the port after those of its first.
+        ports = {port: str((free_port(), free_port())[0]) for port in ("50051", "50052", "8080", "9101", "9102")}
         self.ports = ports
         self._places = {
             f"postgresql://clawplane:{self.env['POSTGRES_PASSWORD']}@postgres:5432/user_svc": urls["user_svc"],

@@ -343,7 +343,7 @@ async def test_a_bots_key_is_nobodys_to_change(stack: Stack, person: Person) -> 
     second = (await stack.claw_key(d))[0][1].removeprefix("Bearer ")
     await becomes(stack, first[0][1].removeprefix("Bearer "), DISABLED)
     answer = await verify(stack, second)
-    assert (answer.outcome, answer.deployment_id, set(answer.permissions)) == (VALID, d.id, {"models.call", "usage.record"})
+    assert (answer.outcome, answer.deployment_id, set(answer.permissions)) == (VALID, d.id, {"models.call", "usage.record", "usage.reserve", "quotas.read"})
     found = await stack.api_keys.ListApiKeys(rpc.ListApiKeysRequest(deployment_id=d.id), metadata=person.metadata)
     assert {key.id for key in found.api_keys} >= {answer.key_id} and {key.deployment_id for key in found.api_keys} == {d.id}
     assert not (await stack.api_keys.ListApiKeys(rpc.ListApiKeysRequest(), metadata=person.metadata)).api_keys

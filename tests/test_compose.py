@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 
+from services.kit import ids
 from tests.compose import FILE, ROOT, Compose, fresh_env
 from tests.conftest import Databases
 
@@ -52,7 +53,7 @@ def grpcurl(line: str, compose: Compose, variables: dict[str, str]) -> Any:
 
 def guide(command: str) -> list[str]:
     """The lines of the guide that start with a command."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs/operations.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.DOTALL | re.MULTILINE)
     return [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines() if line.startswith(command)]
 
 
@@ -85,7 +86,9 @@ def live_bot(compose: Compose) -> dict[str, str]:
         (event,) = [
             one for one in http.get("/v1/webhook-events", headers=operator).json()["events"] if (one["payload"] or {}).get("deploymentId") == d["id"]
         ]  # fmt: skip
-    return {"DEPLOYMENT": d["id"], "EVENT": event["id"], "EMAIL": user["email"], "USER_ID": user["id"], "ORG_ID": user["personalOrgId"]}
+        used = {"id": str(ids.uuid7()), "provider": "openai", "model": "gpt-3.2", "tokensIn": 5000}
+        assert http.post("/v1/usage", json=used, headers=person).status_code == 200
+    return {"USAGE_EVENT": used["id"], "DEPLOYMENT": d["id"], "EVENT": event["id"], "EMAIL": user["email"], "USER_ID": user["id"], "ORG_ID": user["personalOrgId"]}
 
 
 def every_line_of_the_guide_works(compose: Compose) -> None:
@@ -97,11 +100,15 @@ def every_line_of_the_guide_works(compose: Compose) -> None:
     assert len(answers["ListDeploymentEvents"]["events"]) > 3 and answers["ReplayWebhookEvent"]["reason"] == "already started on this payment"
     assert answers["UpdateDeploymentStatus"]["state"] == "STATE_DEPLOYING" and answers["DeleteUser"]["deletedAt"]
     assert len(answers["ExportAuditEvents"]) > 1 and {"actor", "method", "fields"} <= answers["ListAuditEvents"]["events"][0].keys()
+    assert answers["AdjustUsage"]["tokensIn"] == "-1000" and answers["SetQuota"]["suspends"] is True
     served = [grpcurl(line, compose, variables) for line in lines if line.endswith("list")]
     assert "clawplane.user.v1.UserService" in served[0] and "clawplane.deployment.v1.DeploymentService" in served[1]
     for line in guide("clawplane audit"):
         done = subprocess.run(compose.command(shlex.split(line)), env=compose.environment("migrate"), capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0 and "intact" in done.stdout, done.stdout + done.stderr
+    for line in guide("clawplane usage"):
+        done = subprocess.run(compose.command(shlex.split(line)), env=compose.environment("migrate"), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0 and "all agree" in done.stdout, done.stdout + done.stderr
     for line in guide("clawplane health"):
         assert subprocess.run(compose.command(shlex.split(line)), capture_output=True, timeout=20, check=False).returncode == 0, line
     lines = guide("clawplane keys")
