@@ -414,5 +414,6 @@ def test_reservations_in_any_order(world: World) -> None:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 def test_reservations_in_very_many_orders(world: World) -> None:
     run(world, examples=300, steps=50)

@@ -57,9 +57,10 @@ async def reached(session: AsyncSession, at: datetime, org_id: str = "") -> list
 
 
 async def leave_alone(session: AsyncSession, d: Deployment) -> None:
-    """An operator sets it going again: no cap suspends it before the period ends of which the cap is reached now."""
-    caps = await reached(session, now(), d.org_id) if d.suspended_for == BY_QUOTA else []
-    d.resumed_until = caps[0].ends_at if caps else None
+    """An operator sets it going again: what a cap has suspended, none suspends before the period ends of which the cap is reached now."""
+    if d.suspended_for == BY_QUOTA:
+        caps = await reached(session, now(), d.org_id)
+        d.resumed_until = caps[0].ends_at if caps else None
 
 
 class SpendCap:

@@ -86,9 +86,7 @@ async def standings(session: AsyncSession, whos: Sequence[Who]) -> Standings:
     org_ids, at = {who.org_id for who in whos}, now()
     found = Standings(at, await _quotas(session, org_ids))
     subjects = {subject for who in whos for _, subject in who.subjects()} | {""}
-    counters = select(UsageCounter).where(UsageCounter.org_id.in_(org_ids), UsageCounter.subject.in_(subjects), _current(at))
-    for row in await session.scalars(counters):
-        found.standing[row.org_id, row.scope, row.subject, row.period] = Standing(row.tokens, row.cost)
+    await _add_used(session, found, UsageCounter.org_id.in_(org_ids), UsageCounter.subject.in_(subjects))
     for who, period, tokens, cost in await _holds(session, org_ids, at):
         for scope, subject in ((ORGANIZATION, ""), *who.subjects()):
             key = (who.org_id, scope, subject, period)
@@ -107,8 +105,14 @@ async def look(db: Database, whos: Sequence[Who]) -> Standings:
         return await postgres.standings(connection, whos)
 
 
-def _current(at: datetime) -> Any:
-    return or_(*((UsageCounter.period == period) & (UsageCounter.starts_at == period_of(period, at)) for period in PERIODS))
+async def _add_used(session: AsyncSession, found: Standings, *which: Any) -> None:
+    """What the counters say of the present hour, day and month."""
+    c = UsageCounter
+    current = or_(*((c.period == period) & (c.starts_at == period_of(period, found.at)) for period in PERIODS))
+    # There may be very many: columns, since objects would cost several times as much.
+    columns = (c.org_id, c.scope, c.subject, c.period, c.tokens, c.cost)
+    for org_id, scope, subject, period, tokens, cost in await session.execute(select(*columns).where(current, *which)):
+        found.standing[org_id, scope, subject, period] = Standing(tokens, cost)
 
 
 async def _quotas(session: AsyncSession, org_ids: Iterable[str]) -> dict[str, list[Limit]]:
@@ -138,8 +142,7 @@ async def _holds(session: AsyncSession, org_ids: Iterable[str], at: datetime) ->
 async def counters(session: AsyncSession, org_ids: Iterable[str], at: datetime) -> Standings:
     """What was used in the present hour, day and month, of all subjects of some organizations, and their quotas."""
     found = Standings(at, await _quotas(session, org_ids))
-    for row in await session.scalars(select(UsageCounter).where(UsageCounter.org_id.in_(org_ids), _current(at))):
-        found.standing[row.org_id, row.scope, row.subject, row.period] = Standing(row.tokens, row.cost)
+    await _add_used(session, found, UsageCounter.org_id.in_(org_ids))
     return found
 
 

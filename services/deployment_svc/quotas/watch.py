@@ -28,8 +28,9 @@ _TOLD = 100_000
 _SWEEP_S = 300.0
 _KEPT = timedelta(days=70)
 """Counters of periods that began longer ago are no limit's any more."""
-Reached = tuple[str, str, str, str, str, datetime, int]
-"""(organization, scope, subject, period, unit, when the period began, hundredths): what a notice is about."""
+_ABOUT = ("org_id", "scope", "subject", "period", "unit", "period_start", "percent")
+Reached = tuple[str, int, str, int, int, datetime, int]
+"""What a notice is about."""
 
 
 class Watcher:
@@ -74,23 +75,16 @@ class Watcher:
             await self.db.run(lambda session: _store(session, rows), ALL)
             if len(self._told) > _TOLD:
                 self._told.clear()
-            self._told.update(_about(row) for row in rows)
+            self._told.update(tuple(row[name] for name in _ABOUT) for row in rows)
 
     def _notices(self, org_id: str, limit: Limit, found: Standings) -> Iterator[dict[str, Any]]:
         used, _ = found.of(org_id, limit)
-        share, at = percent(used, limit.amount), found.at
+        share, start = percent(used, limit.amount), period_of(limit.period, found.at)
+        about = (org_id, SCOPE.numbers[limit.scope], limit.subject, PERIOD.numbers[limit.period], UNIT.numbers[limit.unit], start)
         for threshold in THRESHOLDS:
-            row = {
-                "id": ids.new("qnt"), "org_id": org_id, "scope": SCOPE.numbers[limit.scope], "subject": limit.subject,
-                "period": PERIOD.numbers[limit.period], "unit": UNIT.numbers[limit.unit], "period_start": period_of(limit.period, at),
-                "percent": threshold, "amount": exact(limit.amount), "used": exact(used), "created_at": at, "updated_at": at,
-            }  # fmt: skip
-            if share >= threshold and _about(row) not in self._told:
-                yield row
-
-
-def _about(row: dict[str, Any]) -> Reached:
-    return tuple(row[name] for name in ("org_id", "scope", "subject", "period", "unit", "period_start", "percent"))
+            if share >= threshold and (*about, threshold) not in self._told:
+                said = {"amount": exact(limit.amount), "used": exact(used), "created_at": found.at, "updated_at": found.at}
+                yield dict(zip(_ABOUT, (*about, threshold), strict=True)) | said | {"id": ids.new("qnt")}
 
 
 def _limits(org_id: str, paid_for: Iterable[Limit], found: Standings) -> Iterator[Limit]:
