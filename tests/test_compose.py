@@ -22,6 +22,7 @@ from tests.conftest import Databases
 BUF = str(Path(sys.executable).parent / "buf")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 def test_the_demo_and_every_line_of_the_guide(databases: Databases, tmp_path: Path) -> None:
     compose = Compose(databases, tmp_path)

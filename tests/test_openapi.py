@@ -80,6 +80,7 @@ async def test_it_is_served_and_shown_without_anything_from_elsewhere(stack: Sta
     assert sheet.status_code == 200 and "url(" not in sheet.text
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_nothing_that_fits_or_breaks_it_makes_a_server_error(stack: Stack) -> None:
     # Values at and beyond every limit; ten minutes of random ones are a matter of `make soak`.
