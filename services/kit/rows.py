@@ -1,4 +1,4 @@
-"""Rows by key, many of them in one query: what a Loader reads with."""
+"""Rows by key, many of them in one statement."""
 
 from collections import namedtuple
 from collections.abc import Mapping
@@ -11,12 +11,15 @@ from services.kit.coalesce import Fetch
 from services.kit.db import Database
 
 
+def among(db: Database, key: InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    """Whether a column is one of the parameter ``keys``. However many they are, PostgreSQL is asked with the same statement."""
+    return key.in_(bindparam("keys", expanding=True)) if db.is_sqlite else key == any_(bindparam("keys", type_=ARRAY(key.type)))
+
+
 def by_key(db: Database, statement: Select[Any], key: InstrumentedAttribute[str]) -> Fetch[Any]:
-    """Fetches the rows of a statement over columns by one of them. Core rows, read only: the ORM would cost more than the query."""
-    among: ColumnElement[bool] = (
-        key.in_(bindparam("keys", expanding=True)) if db.is_sqlite else key == any_(bindparam("keys", type_=ARRAY(key.type)))
-    )
-    statement = statement.where(among)
+    """What a Loader reads with: the rows of a statement over columns by one of them. Core rows, read only: the ORM would cost more than
+    the query."""
+    statement = statement.where(among(db, key))
     names = [str(column.key) for column in statement.selected_columns]
     # Rows of SQLAlchemy look names up at each access, and have no class that tells them.
     kind: Any = namedtuple("Row", names)  # type: ignore[misc]

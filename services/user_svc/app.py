@@ -100,7 +100,8 @@ def create_app(settings: UserSettings) -> App:
     db = Database(settings.database_url, settings, "user_svc")
     box = vault.open_box(settings)
     holder = Holder(db, box, KeyHolder, SecretCanary)
-    follower = feed.follower(db)
+    tail = feed.Tail(db)
+    follower = feed.follower(tail)
     access = remembered_access(follower, resolver(db))
     sessions = Validator(db, follower, settings.session_idle_s)
     find_key = api_keys.finder(db, box)
@@ -131,7 +132,7 @@ def create_app(settings: UserSettings) -> App:
             (subscription_service_pb2_grpc.add_SubscriptionServiceServicer_to_server, subscriptions),
             (webhook_service_pb2_grpc.add_WebhookServiceServicer_to_server, WebhookService(users, subscriptions)),
             (access_service_pb2_grpc.add_AccessServiceServicer_to_server, AccessService()),
-            (change_service_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeService()),
+            (change_service_pb2_grpc.add_ChangeServiceServicer_to_server, ChangeService(tail)),
             (entitlement_service_pb2_grpc.add_EntitlementServiceServicer_to_server, EntitlementService(settings)),
             (organization_service_pb2_grpc.add_OrganizationServiceServicer_to_server, OrganizationService(settings)),
             (member_service_pb2_grpc.add_MemberServiceServicer_to_server, MemberService(settings)),
@@ -151,5 +152,5 @@ def create_app(settings: UserSettings) -> App:
             Sender(db, box, settings).loop(), sessions.loop(), holder.loop,
         ],
         starters=[holder.join, lambda: partitions.ensure(db, PARTITIONED), sealer.adopt, follower.start],
-        closers=[follower.stop, hasher.close, sealer.finish, uses.flush_all, holder.leave],
+        closers=[follower.stop, tail.close, hasher.close, sealer.finish, uses.flush_all, holder.leave],
     )

@@ -7,6 +7,7 @@ wait for each other in a circle.
 from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -24,6 +25,7 @@ from services.kit.columns import Identifier
 from services.kit.db import Database
 
 Keys = set[tuple[str, str, date]]
+_BY_KEY = itemgetter(0, 1, 2)
 _PREFIXES = {"user_id": "usr", "deployment_id": "dep", "agent_id": "agnt", "project_id": "prj"}
 
 
@@ -41,24 +43,32 @@ def _dim(number: int) -> str:
 
 _IN_BUCKET = f"width_bucket(latency_ms, ARRAY[{', '.join(map(str, LATENCY_MS))}]::bigint[])"
 _OWN = "adjusts = ''"
-_SUMMED = {
-    "events": f"count(*) FILTER (WHERE {_OWN})", "errors": f"count(*) FILTER (WHERE {_OWN} AND status = 'error')",
-    "unpriced_events": f"count(*) FILTER (WHERE {_OWN} AND cost IS NULL)", "cost": "coalesce(sum(cost), 0)",
-} | {name: f"count(*) FILTER (WHERE bucket = {number})" for number, name in enumerate(LATENCIES)}  # fmt: skip
 _ADDED = ", ".join(f"{name} = r.{name} + excluded.{name}" for name in SUMS)
 _KEY = "org_id, kind, starts_at, dim_1, dim_2, dim_3, currency"
 _COUNTER_KEY = "org_id, scope, subject, period, starts_at"
 _BUCKET = f"CASE WHEN latency_ms > 0 AND {_OWN} THEN {_IN_BUCKET} END AS bucket"
 
-_NEEDED = (
+_GROUPED = "org_id, starts_at, currency, user_id, api_key_id, deployment_id, agent_id, project_id, provider, model, type, bucket"
+_TOKENS = "tokens_in, tokens_out, tokens_cached, tokens_reasoning, tokens_total"
+_COUNTED = (
     "org_id, id, month, user_id, api_key_id, deployment_id, agent_id, project_id, provider, model, type, status, adjusts, currency, cost, "
-    "tokens_in, tokens_out, tokens_cached, tokens_reasoning, tokens_total"
+    f"{_TOKENS}, date_bin('15 minutes', occurred_at, TIMESTAMPTZ '2000-01-01 00:00:00+00') AS starts_at, {_BUCKET}"
 )
-_COUNTED = f"{_NEEDED}, date_bin('15 minutes', occurred_at, TIMESTAMPTZ '2000-01-01 00:00:00+00') AS starts_at, {_BUCKET}"
-_SUMS = f"""sums AS (
+_COUNTS = {
+    "events": f"count(*) FILTER (WHERE {_OWN})", "errors": f"count(*) FILTER (WHERE {_OWN} AND status = 'error')",
+    "unpriced_events": f"count(*) FILTER (WHERE {_OWN} AND cost IS NULL)", "cost": "sum(cost)",
+}  # fmt: skip
+_SUMMED = {"cost": "coalesce(sum(cost), 0)"} | {
+    name: f"coalesce(sum(events) FILTER (WHERE bucket = {number}), 0)" for number, name in enumerate(LATENCIES)
+}
+# In two steps: three kinds with a column for each bucket cost every event what they need to cost only those that differ.
+_SUMS = f"""alike AS (
+    SELECT {_GROUPED}, {", ".join(f"{_COUNTS.get(name, f'sum({name})')} AS {name}" for name in SUMS if name not in LATENCIES)}
+    FROM stored GROUP BY {_GROUPED}
+), sums AS (
     SELECT org_id, kind, starts_at, {_dim(0)}, {_dim(1)}, {_dim(2)}, currency,
         {", ".join(f"{_SUMMED.get(name, f'sum({name})')} AS {name}" for name in SUMS)}
-    FROM stored CROSS JOIN (VALUES {", ".join(f"('{kind}')" for kind in KINDS)}) AS kinds(kind) GROUP BY {_KEY}
+    FROM alike CROSS JOIN (VALUES {", ".join(f"('{kind}')" for kind in KINDS)}) AS kinds(kind) GROUP BY {_KEY}
 )"""  # noqa: S608
 _COUNTED_BY = f"CASE scope {' '.join(f'WHEN {scope!r} THEN {kind!r}' for scope, (kind, _) in COUNTED_BY.items())} END"
 _PLACES = {scope: "''" if place is None else f"dim_{place + 1}" for scope, (_, place) in COUNTED_BY.items()}
@@ -74,7 +84,7 @@ WITH book AS (
     SELECT coalesce((SELECT version FROM price_book_versions WHERE currency = $1), 0) = $2 AS fresh
 ), stored AS (
     INSERT INTO usage_events ({texts.NAMES})
-    SELECT * FROM ({texts.select(same, 4)}) AS given WHERE (SELECT fresh FROM book) ORDER BY org_id, id COLLATE "C", month
+    SELECT * FROM ({texts.select(same, 4)}) AS given WHERE (SELECT fresh FROM book)
     ON CONFLICT DO NOTHING
     RETURNING {_COUNTED}
 ), {_SUMS}, rolled AS (
@@ -126,7 +136,8 @@ async def store(session: AsyncSession, rows: Sequence[Row], book: PriceBook) -> 
 
 
 async def _write(connection: Any, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:
-    same, given = texts.encode(rows)
+    # Sorted here: for the database, a sort of such wide rows is dear. A SELECT from arrays gives them in their order.
+    same, given = texts.encode(sorted(rows, key=_BY_KEY))
     fresh, new = await connection.fetchrow(_statement(same), book.currency, book.version, len(rows), *given)
     if new is None:
         return fresh, {row.key for row in rows}

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import Select, bindparam, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1 import api_key_pb2, api_key_service_pb2
@@ -19,7 +19,7 @@ from services.kit.db import ALL, Database
 from services.kit.errors import InvalidState, NotFound
 from services.kit.known_keys import KnownKey
 from services.kit.proto import to_proto
-from services.kit.rows import by_key
+from services.kit.rows import among, by_key
 from services.kit.secrets import SecretBox
 from services.user_svc.api_keys.models import ApiKey, ApiKeySecret
 from services.user_svc.changes.repository import record
@@ -174,16 +174,18 @@ def concerned(change: Change) -> list[str]:
 def use_writer(db: Database) -> Callable[[Sequence[str]], Awaitable[None]]:
     """Writes down that keys were used now, in one statement."""
 
+    # Being used is no change that an owner should see.
+    at = bindparam("at", type_=ApiKey.last_used_at.type)
+    statement = (
+        update(ApiKey)
+        .where(among(db, ApiKey.id), or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < at))
+        .values(last_used_at=at, updated_at=ApiKey.updated_at)
+    )
+
     async def write(key_ids: Sequence[str]) -> None:
-        at = now()
-        earlier = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < at)
-        # Being used is no change that an owner should see.
-        statement = (
-            update(ApiKey)
-            .where(ApiKey.id.in_(key_ids), earlier)
-            .values(last_used_at=at, updated_at=ApiKey.updated_at)
-            .execution_options(synchronize_session=False)
-        )
-        await db.run(lambda session: session.execute(statement), ALL)
+        async def work(session: AsyncSession) -> None:
+            await (await session.connection()).execute(statement, {"keys": list(key_ids), "at": now()})
+
+        await db.run(work, ALL)
 
     return write

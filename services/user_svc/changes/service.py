@@ -10,8 +10,11 @@ from services.user_svc.changes import feed
 class ChangeService(change_service_pb2_grpc.ChangeServiceServicer):
     """See proto/clawplane/user/v1/change_service.proto."""
 
+    def __init__(self, tail: feed.Tail) -> None:
+        self.tail = tail
+
     async def WatchChanges(
         self, request: change_service_pb2.WatchChangesRequest, call: Call
     ) -> AsyncIterator[change_service_pb2.WatchChangesResponse]:
-        async for message in feed.watch(call.read, call.ticks(feed.POLL_S), request.after_seq):
+        async for message in feed.watch(self.tail, call.ticks(0), request.after_seq):
             yield message
