@@ -14,7 +14,6 @@ Work = Callable[[list[T]], Awaitable[Sequence[R | Exception]]]
 Fetch = Callable[[list[str]], Awaitable[Mapping[str, R]]]
 """The rows with these keys, by key; those that do not exist are left out."""
 
-_FLYING = 2
 _MOST = 500
 _LINGER_S, _LINGERS = 0.001, 6
 _MANY, _FADING = 8, 0.99
@@ -43,9 +42,9 @@ class Coalescer(Generic[T, R]):
     """``await coalescer(item)``: the answer. A lone caller is served at once; those who come while work is under way share the next piece
     of it, which starts after they came: nobody is given what was read before he asked."""
 
-    def __init__(self, work: Work[T, R], most: int = _MOST) -> None:
-        """``most`` items share one piece of work."""
-        self._work, self._most = work, most
+    def __init__(self, work: Work[T, R], most: int = _MOST, flights: int = 2) -> None:
+        """``most`` items share one piece of work, and so many pieces are under way at a time."""
+        self._work, self._most, self._most_flights = work, most, flights
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._flights: set[asyncio.Task[None]] = set()
         self._flying = 0
@@ -56,7 +55,7 @@ class Coalescer(Generic[T, R]):
         """The answer; raises what the work raised."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
-        if self._flying < _FLYING:
+        if self._flying < self._most_flights:
             self._flying += 1
             flight = asyncio.create_task(self._fly())
             self._flights.add(flight)
@@ -136,4 +135,5 @@ class Batcher(Coalescer[T, R]):
             half = len(items) // 2
             return [*await apart(items[:half]), *await apart(items[half:])]
 
-        super().__init__(apart, most)
+        # While one commits, the next one fills: a second beside it would make both smaller, and a commit costs more than its rows.
+        super().__init__(apart, most, flights=1)
