@@ -18,7 +18,7 @@ T = TypeVar("T")
 Priced = tuple[Row, PriceBook]
 """A row, and the book that it was priced by."""
 _TRIES = 10
-CHUNK = 1000
+CHUNK = 2500
 """Events of one statement; more do not make it faster, and others wait for its commit."""
 
 

@@ -49,11 +49,12 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
 
     async def BatchRecordUsage(self, request: rpc.BatchRecordUsageRequest, call: Call) -> rpc.BatchRecordUsageResponse:
         response = rpc.BatchRecordUsageResponse()
-        who, at, seen = await _reporter(request.events, call), now(), set[repository.Key]()
-        with self.ledger.room.taken(len(request.events)):
+        events = list(request.events)
+        who, at, seen = await _reporter(events, call), now(), set[repository.Key]()
+        with self.ledger.room.taken(len(events)):
             commits: list[asyncio.Task[set[repository.Key]]] = []
-            for start in range(0, len(request.events), CHUNK):
-                rows = self._rows(request.events[start : start + CHUNK], start, who, at, seen, response)
+            for start in range(0, len(events), CHUNK):
+                rows = self._rows(events[start : start + CHUNK], start, who, at, seen, response)
                 commits.append(asyncio.create_task(self.ledger.store(rows, self.ledger.book)))
                 # The next rows are made while the database works on these; two chunks at a time are enough for that.
                 await asyncio.wait(commits[-2:-1] or commits, timeout=None if len(commits) > 1 else 0)
@@ -61,7 +62,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
             await asyncio.wait(commits)
             response.accepted = sum(len(commit.result()) for commit in commits)
         response.rejected = len(response.errors)
-        response.duplicates = len(request.events) - response.rejected - response.accepted
+        response.duplicates = len(events) - response.rejected - response.accepted
         return response
 
     def _rows(
@@ -79,8 +80,8 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
                 field, text = error.violations[0] if error.violations else ("", error.message)
                 response.errors.add(index=index, id=event.id, field=field, message=text)
                 continue
-            if row.key not in seen:
-                seen.add(row.key)
+            if (key := row.key) not in seen:
+                seen.add(key)
                 rows.append(row)
         return rows
 
@@ -106,7 +107,7 @@ async def _reporter(events: Sequence[usage_event_pb2.UsageEvent], call: Call) ->
     """Who reports. A bot's own deployment needs no look-up."""
     caller = call.caller
     own: frozenset[str] = frozenset()
-    named = set() if caller.deployment_id else {event.deployment_id for event in events if _DEPLOYMENT.fullmatch(event.deployment_id)}
+    named = set() if caller.deployment_id else set(filter(_DEPLOYMENT.fullmatch, {event.deployment_id for event in events}))
     if named:
         async with call.read() as session:
             own = frozenset(await repository.own_deployments(session, named))
