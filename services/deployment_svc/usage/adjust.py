@@ -4,9 +4,8 @@ A correction without a cost of its own costs what it changes: the price of the e
 before. So all of them together always come to the price of what remains, also where tokens lead to another length of context.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from typing import TypeVar
 
 from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,22 +16,18 @@ from services.deployment_svc.prices.book import MOST_COST, PriceBook
 from services.deployment_svc.usage import repository
 from services.deployment_svc.usage.ledger import Ledger
 from services.deployment_svc.usage.models import UsageEvent
-from services.deployment_svc.usage.repository import StaleBook
 from services.deployment_svc.usage.rows import Row, month_of, price, spelling
 from services.kit import ids
 from services.kit.audit import diff
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.db import alone
-from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound, Unavailable
+from services.kit.errors import Conflict, InvalidArgument, InvalidState, NotFound
 from services.kit.proto import to_datetime, to_proto
 
-T = TypeVar("T")
-Work = Callable[[AsyncSession], Awaitable[T]]
 COLUMNS = tuple(getattr(UsageEvent, name) for name in Row._fields)
 KINDS = ("tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning")
 _PREFIX = "adj"
-_TRIES = 10
 
 
 async def adjust(request: rpc.AdjustUsageRequest, call: Call, ledger: Ledger) -> usage_event_pb2.UsageEvent:
@@ -51,22 +46,9 @@ async def adjust(request: rpc.AdjustUsageRequest, call: Call, ledger: Ledger) ->
         call.audit(row.id, org_id=row.org_id, **diff(None, made))
         return made
 
-    made: usage_event_pb2.UsageEvent = await at_current_prices(ledger, call.run, work)
+    made: usage_event_pb2.UsageEvent = await ledger.run(work, call.run)
     ledger.touched.add(request.org_id)
     return made
-
-
-async def at_current_prices(
-    ledger: Ledger, run: Callable[[Work[T]], Awaitable[T]], work: Callable[[AsyncSession, PriceBook], Awaitable[T]]
-) -> T:
-    """A unit of work of a call that goes by the prices; ``run`` is what makes it one. Repeated when they have changed."""
-    for _ in range(_TRIES):
-        book = ledger.book
-        try:
-            return await run(lambda session, book=book: work(session, book))  # type: ignore[misc]
-        except StaleBook:
-            await ledger.prices.reload()
-    raise Unavailable("prices change too fast", 1)
 
 
 async def _find(session: AsyncSession, request: rpc.AdjustUsageRequest, event_id: str) -> Row:

@@ -1,7 +1,7 @@
 """The ledger: the one way in for usage, whoever reports it. Many events become one commit, and none is stored at an old price."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -15,6 +15,8 @@ from services.kit.db import ALL, Database
 from services.kit.errors import Unavailable
 
 T = TypeVar("T")
+Unit = Callable[[Callable[[AsyncSession], Awaitable[Any]]], Awaitable[Any]]
+"""Runs some work as one transaction."""
 Priced = tuple[Row, PriceBook]
 """A row, and the book that it was priced by."""
 _TRIES = 10
@@ -39,9 +41,10 @@ class Ledger:
         """The prices as this process remembers them."""
         return self.prices.book
 
-    async def run(self, work: Callable[[AsyncSession, PriceBook], Awaitable[T]]) -> T:
-        """A unit of work that stores events by ``repository.store``; repeated at the new prices when they have changed."""
-        return await self._priced(lambda book: self.db.run(lambda session: work(session, book), ALL))
+    async def run(self, work: Callable[[AsyncSession, PriceBook], Awaitable[T]], unit: Unit | None = None) -> T:
+        """A unit of work that goes by the prices; repeated at the new ones when they change. ``unit``: a call's own, if it is one's."""
+        run = unit or (lambda one: self.db.run(one, ALL))
+        return await self._priced(lambda book: run(lambda session: work(session, book)))
 
     async def _priced(self, work: Callable[[PriceBook], Awaitable[T]]) -> T:
         for _ in range(_TRIES):

@@ -118,7 +118,7 @@ async def _step(request: rpc.RecostUsageRequest, call: Call, ledger: Ledger, pla
             result: Found = await work(session)
             return result
 
-    found: Found = await adjust.at_current_prices(ledger, call.run if request.apply else read, look)
+    found: Found = await ledger.run(look, call.run if request.apply else read)
     if request.apply:
         ledger.touched.update(row.org_id for row in found.after)
     return found
