@@ -27,6 +27,8 @@ from gateway.settings import GatewaySettings
 from gateway.transcode import build_routes
 from gateway.webhooks.receiver import ClerkReceiver, PolarReceiver, StripeReceiver
 
+_BATCH_BYTES = 4 * 1024 * 1024
+"""A batch of usage has up to 5,000 events."""
 USER, DEPLOYMENT = "clawplane.user.v1", "clawplane.deployment.v1"
 
 
@@ -75,11 +77,12 @@ def create_app(
         allow_headers=["authorization", "content-type", "clawplane-org", "x-request-id", "last-event-id"],
         expose_headers=["x-request-id", "retry-after"], max_age=600,
     )  # fmt: skip
+    limits = {"/webhooks/": settings.webhook_max_bytes, "/v1/usage:batch": max(_BATCH_BYTES, settings.max_body_bytes)}
     middleware = [
         *([cors] if settings.cors_origins else []),
         Middleware(SecurityHeaders, https=settings.public_url.startswith("https://")),
         Middleware(Observe, template=_templates(routes)),
-        Middleware(BodyLimit, default_bytes=settings.max_body_bytes, by_prefix={"/webhooks/": settings.webhook_max_bytes}),
+        Middleware(BodyLimit, default_bytes=settings.max_body_bytes, by_prefix=limits),
     ]
     app = Starlette(routes=routes, middleware=middleware, exception_handlers={ApiError: _api_error, HTTPException: _http_error})
     app.router.redirect_slashes = False

@@ -15,6 +15,7 @@ import grpc
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from clawplane.deployment.v1 import price_service_pb2, price_service_pb2_grpc, usage_service_pb2, usage_service_pb2_grpc
@@ -54,7 +55,7 @@ def _service(target: str, data_dir: Path | None) -> Iterator[_Service]:
         try:
             yield _Service(channel, TokenSigner(settings))
         except grpc.RpcError as error:
-            err.print(f"[red]{error.code().name}:[/]", error.details(), markup=True)
+            err.print(f"[red]{error.code().name}:[/]", escape(error.details() or ""))
             raise typer.Exit(1) from None
 
 
@@ -84,7 +85,7 @@ def import_(
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        err.print(f"[red]{file} cannot be read:[/] {type(error).__name__}")
+        err.print(f"[red]{escape(file)} cannot be read:[/] {type(error).__name__}")
         raise typer.Exit(2) from None
     request = price_service_pb2.ImportPricesRequest(yaml=text, validate_only=dry_run)
     with _service(target, data_dir) as service:

@@ -55,7 +55,7 @@ async def _check(repair: bool, org: str, data_dir: Path | None) -> int:
     found, started = 0, time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
-        todo = [one for one in await recount.months(db) if org in ("", one[0])]
+        todo = [one for one in await recount.months(db, settings.usage_retention_days) if org in ("", one[0])]
         with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
             task = progress.add_task("organizations' months", total=len(todo))
             for org_id, month in todo:

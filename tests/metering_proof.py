@@ -190,7 +190,7 @@ class Proof:
             made = [self.event(number) for number in range(self.events)]
             sums = [sum(getattr(one, name) for one in made) for name in ("tokens_in", "tokens_out", "latency_ms")]
             assert found == (self.events, self.events, *sums)
-            for org_id, month in await check.months(db):
+            for org_id, month in await check.months(db, 400):
                 assert [str(one) async for one in check.check(db, org_id, month)] == []
         finally:
             await db.close()

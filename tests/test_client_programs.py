@@ -51,6 +51,26 @@ for _ in range(5):
         sys.exit(not recorder.flush())
     assert os.waitpid(child, 0)[1] == 0
 """
+FORKING_AIO = """
+async def main():
+    away = AsyncUsageRecorder("127.0.0.1:1", token, **options)
+    made = [await away.record(**USE) for _ in range(10)]
+    while away.stats.buffered:
+        await asyncio.sleep(0.01)
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        await away.close()
+        there = AsyncUsageRecorder(target, token, **options)
+        assert await there.flush()
+        assert there.stats.accepted == 10, there.stats
+    finally:
+        os.kill(child, 9)
+    print(*made)
+asyncio.run(main())
+"""
 PROVIDERS = f"""
 from types import SimpleNamespace
 TARGET, TOKEN = target, token
@@ -130,6 +150,13 @@ async def test_a_fork_sends_its_own_events(stack: Stack, person: Person, tmp_pat
     async with program(FORKING, stack.target, await key_of(stack, person), tmp_path) as process:
         made = await said(process)
     assert process.returncode == 0 and len(made) == 75
+    assert await ledger(stack, person) == Counter(made)
+
+
+async def test_a_child_that_lives_on_holds_no_file_of_its_parent(stack: Stack, person: Person, tmp_path: Path) -> None:
+    async with program(FORKING_AIO, stack.target, await key_of(stack, person), tmp_path) as process:
+        made = await said(process)
+    assert process.returncode == 0 and len(made) == 10
     assert await ledger(stack, person) == Counter(made)
 
 

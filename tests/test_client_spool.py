@@ -9,9 +9,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from clawplane.deployment.v1.usage_event_pb2 import UsageEvent
+from clawplane.deployment.v1.usage_service_pb2 import BatchRecordUsageResponse
 from clawplane_client.errors import SpoolDamaged, SpoolFailed, SpoolFull, UsageError
 from clawplane_client.events import make_event
 from clawplane_client.frames import MAX_EVENT_BYTES, frame, scan
+from clawplane_client.outbox import Limits, Outbox
+from clawplane_client.patience import Patience
 from clawplane_client.spool import SEGMENT_BYTES, Spool
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
@@ -211,3 +215,22 @@ def test_a_damaged_file_is_sent_as_far_as_it_is_whole_and_kept_beside(tmp_path: 
     assert len(drained(spool)) == 4
     assert [type(error) for error in told] == [SpoolDamaged]
     assert not path.exists() and path.with_suffix(".damaged").read_bytes() == data
+
+
+def test_what_is_new_does_not_wait_for_the_whole_backlog(tmp_path: Path) -> None:
+    """Else it would be in memory alone, and lost with the program, for as long as a backlog drains."""
+    spool = Spool(tmp_path, 10**9)
+    for number in range(3):
+        spool.append([UsageEvent(id=f"left-{number}").SerializeToString()])
+        spool.seal()
+    spool.release()
+    outbox = Outbox(Limits(1, 0, 100, 100), Patience(1, 1, 1), Spool(tmp_path, 10**9))
+    sent = []
+    for number in range(6):
+        if number % 2 == 0:
+            outbox.add(UsageEvent(id=f"new-{number}").SerializeToString())
+        batch = outbox.next()
+        assert batch is not None
+        sent.append(UsageEvent.FromString(batch[0]).id)
+        outbox.answered(BatchRecordUsageResponse(accepted=1))
+    assert sent == ["new-0", "left-0", "new-2", "left-1", "new-4", "left-2"] and outbox.next() is None and outbox.idle

@@ -110,6 +110,7 @@ def every_line_of_the_guide_works(compose: Compose) -> None:
     for line in guide("clawplane usage"):
         done = subprocess.run(compose.command(shlex.split(line)), env=compose.environment("migrate"), capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0 and "all agree" in done.stdout, done.stdout + done.stderr
+    prices(compose)
     for line in guide("clawplane health"):
         assert subprocess.run(compose.command(shlex.split(line)), capture_output=True, timeout=20, check=False).returncode == 0, line
     lines = guide("clawplane keys")
@@ -123,12 +124,33 @@ def every_line_of_the_guide_works(compose: Compose) -> None:
     assert subprocess.run(wrong, capture_output=True, timeout=20, check=False).returncode == 1
 
 
+def prices(compose: Compose) -> None:
+    """The book goes out to a file, comes in again, and stored usage is priced by it."""
+
+    def run(line: str) -> str:
+        command = compose.command(shlex.split(line))
+        done = subprocess.run(command, env=compose.environment("demo"), capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    lines = guide("clawplane prices")
+    book = compose.folder / "prices.yaml"
+    (export,) = (line.partition(" >")[0] for line in lines if ">" in line)
+    book.write_text(run(export))
+    for line in lines:
+        if "FILE" in line:
+            assert "0 would be added" in run(line.replace("FILE", str(book)))
+        elif "recost" in line:
+            assert run(line)
+    assert [line.split()[2] for line in lines] == ["import", "export", "recost", "recost"]
+
+
 WISHES = {
     f"CLAWPLANE_{name}"
     for name in (
         "ENCRYPTION_KEY", "HMAC_KEY_ID", "HMAC_KEYS", "KEY_RING", "STRIPE_API_KEY", "POLAR_ACCESS_TOKEN", "POLAR_PRODUCT_ID", "POLAR_TIERS",
         "AKASH_API_KEY", "AKASH_BOT", "MAIL_FROM", "SMTP_HOST", "SMTP_PORT", "SMTP_SECURITY", "SMTP_USERNAME", "SMTP_PASSWORD", "REDIS_URL",
-        "SESSION_IDLE_S",
+        "SESSION_IDLE_S", "TIERS", "MODELS", "USAGE_CURRENCY", "PRICES_FILE", "USAGE_LATE_DAYS", "USAGE_RETENTION_DAYS", "USAGE_WAITING",
     )
 }
 """What a platform may set, and what is not there when it does not."""

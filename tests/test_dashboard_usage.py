@@ -210,6 +210,12 @@ async def test_what_is_used_without_a_price_is_given_one(stack: Stack) -> None:
     assert Decimal(found.cost) == Decimal("4.2")
 
 
+async def test_a_query_may_have_any_names(stack: Stack) -> None:
+    async with signed_in(stack) as browser:
+        answer = await browser.get("/dashboard/usage?path=x&query=y&model=")
+        assert answer.status_code == 303 and answer.headers["location"] == "/dashboard/usage?path=x&query=y"
+
+
 async def test_the_book_goes_out_and_comes_in_as_yaml(stack: Stack) -> None:
     provider, model = unknown()
     await priced(stack, provider, model)
@@ -291,7 +297,7 @@ def test_what_became_of_a_number() -> None:
     assert change(1001, 1000) == ("↑", "0 % more") and change(20_000, 10) == ("↑", "199,900 % more")
     assert [latency(one) for one in (0, 12, 999, 1000, 12_345)] == ["–", "12 ms", "999 ms", "1.0 s", "12.3 s"]
     assert [rate(*one) for one in ((0, 0), (0, 5), (1, 3), (1, 100_000))] == ["–", "0 %", "33.3 %", "<0.1 %"]
-    assert [short_count(one) for one in (0, 999_999, 1_234_567, 12_345_678_901)] == ["0", "999,999", "1.235 M", "1.235e+04 M"]
+    assert [short_count(one) for one in (0, 999_999, 1_234_567, 12_345_678_901, 12_345 * 10**12)] == ["0", "999,999", "1.235 M", "12.35 G", "12,345 T"]
     assert told({}, "key", "") == "no API key" and told({}, "user", f"usr_{'0' * 32}") == "usr_00000000…"
     assert told({"user": {"usr_1": "Ada"}}, "user", "usr_1") == "Ada" and told({}, "model", "gpt-3.2") == "gpt-3.2"
 

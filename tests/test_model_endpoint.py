@@ -133,6 +133,8 @@ async def test_a_stream_that_breaks_is_one_estimate(models: Stack, caller: Perso
     assert answer.status_code == status
     (event,) = await events(models, caller)
     assert event.estimated and event.tokens_out == estimate
+    # An answer that came to its end is no failure, whether or not its provider counts.
+    assert event.status == (usage_event_pb2.USAGE_STATUS_OK if order["kind"] == "no_usage" else usage_event_pb2.USAGE_STATUS_ERROR)
     if status == 200 and order["kind"] != "no_usage":
         assert json.loads(answer.text.split("\n\n")[-2][6:])["error"]["code"] == "upstream_broken"
 
@@ -143,7 +145,7 @@ async def test_a_whole_answer_that_breaks_is_one_estimate(models: Stack, caller:
     answer = await post(models, caller, ask(kind=kind))
     assert answer.status_code == (200 if kind == "no_usage" else 502)
     (event,) = await events(models, caller)
-    assert event.estimated
+    assert event.estimated and (event.status == usage_event_pb2.USAGE_STATUS_OK) == (kind == "no_usage")
 
 
 async def test_refusals_of_the_provider(models: Stack, caller: Person) -> None:

@@ -164,8 +164,10 @@ def test_of_one_key_one_price_counts_at_a_time(made: list[tuple[int, int | None]
     for begin, length in made:
         start = NOW + timedelta(hours=begin)
         row = Price(id=ids.new("prc"), effective_from=start, effective_to=start + timedelta(hours=length) if length else None)
-        rules.place(row, book)
-        book.append(row)
+        if rules.begins_with(row, book):
+            continue
+        _, resumed = rules.place(row, book)
+        book += [row] if resumed is None else [row, resumed]
         assert rules.in_force(book, start) is row
     for hour in range(20):
         at = NOW + timedelta(hours=hour)
@@ -175,6 +177,17 @@ def test_of_one_key_one_price_counts_at_a_time(made: list[tuple[int, int | None]
         assert counting in ([], [max(begun, key=lambda row: row.effective_from)] if begun else [])
         if begun and all(length is None for _, length in made):
             assert counting
+
+
+async def test_a_price_for_a_time_leaves_no_gap_behind_it(stack: Stack) -> None:
+    """Else the usage after it would cost nothing."""
+    of = provider()
+    march, april = START + timedelta(days=30), START + timedelta(days=60)
+    first = await create(stack, price(of, effective_from=START))
+    await create(stack, price(of, effective_from=march, effective_to=april, tokens_in="9"))
+    listed = (await stack.prices.ListPrices(pb.ListPricesRequest(provider=of), metadata=stack.operator)).prices
+    times = sorted((one.effective_from.ToDatetime(UTC), one.HasField("effective_to") and one.effective_to.ToDatetime(UTC), one.tokens_in) for one in listed)
+    assert times == [(START, march, first.tokens_in), (march, april, "9"), (april, False, first.tokens_in)]
 
 
 async def test_a_price_takes_over_from_the_one_before(stack: Stack, person: Person) -> None:

@@ -21,7 +21,7 @@ from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2, usage_se
 from clawplane.deployment.v1 import usage_reservation_service_pb2 as reserving
 from clawplane.user.v1.entitlement_service_pb2 import Entitlements
 from services.deployment_svc.prices.book import Line, PriceBook
-from services.deployment_svc.quotas import rules
+from services.deployment_svc.quotas import rules, watch
 from services.deployment_svc.quotas.models import QuotaNotice
 from services.deployment_svc.quotas.rules import Limit, Standing, Standings, Who
 from services.deployment_svc.quotas.watch import Watcher
@@ -468,3 +468,15 @@ async def test_connections_that_are_cut_are_made_anew(limited: Stack) -> None:
             failures.append(error.code())
     assert set(failures) <= {Code.UNAVAILABLE} and len(failures) <= 5, failures
     assert (await check(limited, who.metadata)).allowed
+
+
+async def test_any_number_of_notices_is_stored(stack: Stack, person: Person) -> None:
+    """Of many users at once, after a restart."""
+    about = {"org_id": person.org_id, "scope": USER, "period": MONTH, "unit": TOKENS, "period_start": period_of("month", now()), "percent": 50}
+    said = {"amount": "10", "used": "5", "created_at": now(), "updated_at": now()}
+    rows = [about | said | {"id": ids.new("qnt"), "subject": ids.new("usr")} for _ in range(3000)]
+    async with ledger(stack) as db:
+        await db.run(lambda session: watch._store(session, rows), ALL)
+        await db.run(lambda session: watch._store(session, rows), ALL)
+        async with db.read(ALL) as session:
+            assert await session.scalar(sa.select(sa.func.count()).where(QuotaNotice.org_id == person.org_id)) == 3000

@@ -11,13 +11,17 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+import sqlalchemy as sa
 
 from clawplane.deployment.v1 import model_call_service_pb2, usage_service_pb2
 from clawplane.deployment.v1 import usage_reservation_pb2 as pb
 from clawplane.deployment.v1 import usage_reservation_service_pb2 as rpc
 from clawplane.deployment.v1.usage_event_pb2 import USAGE_STATUS_ERROR, USAGE_STATUS_OK
+from services.deployment_svc.prices import repository as prices
+from services.deployment_svc.prices.models import Price
 from services.deployment_svc.usage_reservations import repository
 from services.deployment_svc.usage_reservations.models import UsageReservation
+from services.kit import ids
 from services.kit.columns import now
 from services.kit.db import ALL
 from tests.conftest import Databases
@@ -321,3 +325,32 @@ async def test_sixty_at_once_never_hold_more_than_there_is(stack: Stack, person:
 async def test_processes_together_never_hold_more_than_there_is(databases: Databases, tmp_path: Path) -> None:
     said = await prove(databases, tmp_path, processes=3, callers=24, seconds=4)
     assert said["granted"] > 30 and said["refused"] > 5 and said["settled"] > 10, said
+
+
+async def test_another_who_names_the_same_id_gets_nothing_and_costs_nothing(stack: Stack, person: Person) -> None:
+    """Both in one commit, in either order."""
+    other = await stack.person()
+    for _ in range(10):
+        one = await reserve(stack, person.metadata, 10)
+        calls = [settle(stack, who.metadata, one, tokens_in=5) for who in (other, other, person, other, other)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        mine = answers.pop(2)
+        assert isinstance(mine, rpc.SettleUsageResponse) and not mine.duplicate and mine.event.org_id == person.org_id
+        assert all(isinstance(one, grpc.aio.AioRpcError) and one.code() is Code.NOT_FOUND for one in answers), answers
+
+
+async def test_what_is_held_is_priced_by_the_book_of_now(stack: Stack, person: Person) -> None:
+    """Another process has changed it, and this one has stored nothing since."""
+    async with ledger(stack) as db:
+        for cost in ("1", "4"):
+
+            async def change(session: Any, cost: str = cost) -> None:
+                await prices.changed(session, "usd")
+                of = {"provider": "openai", "model": f"fresh-{person.org_id[-8:]}", "above_tokens_in": 0, "currency": "usd", "markup": Decimal(0)}
+                await session.execute(sa.delete(Price).where(Price.model == of["model"]).execution_options(synchronize_session=False))
+                amounts = dict.fromkeys(("tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning"), Decimal(cost))
+                session.add(Price(id=ids.new("prc"), effective_from=now() - timedelta(days=1), effective_to=None, **of, **amounts))
+
+            await db.run(change, ALL)
+            held = await reserve(stack, person.metadata, 1_000_000, model=f"fresh-{person.org_id[-8:]}", provider="openai")
+            assert Decimal(held.cost_held) == Decimal(cost)

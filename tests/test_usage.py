@@ -12,10 +12,13 @@ import sqlalchemy as sa
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
+from services.deployment_svc.usage.models import UsageCounter, UsageRollup
 from services.kit import ids
 from services.kit.db import Database
 from services.kit.settings import KitSettings
 from tests.harness import Metadata, Person, Stack
+from tests.test_auth import bearer
+from tests.usage_rows import ledger
 
 
 def event(**more: object) -> pb.UsageEvent:
@@ -236,3 +239,58 @@ async def test_columns_of_all_kinds_of_batches_are_what_was_sent(stack: Stack, p
             found = stored[sent.id]
             unset = {"type": pb.USAGE_TYPE_CHAT, "status": pb.USAGE_STATUS_OK}
             assert {name: getattr(found, name) for name in columns} == {name: getattr(sent, name) or unset.get(name, getattr(sent, name)) for name in columns}
+
+
+async def test_one_text_that_cannot_be_stored_sinks_no_batch(stack: Stack, person: Person) -> None:
+    batch = [event(), event(operation_id="a\0b"), event(metadata={"why": "\0"}), event()]
+    answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=batch), metadata=person.metadata)
+    assert (answer.accepted, answer.rejected) == (2, 2)
+    assert [(one.index, one.field) for one in answer.errors] == [(1, "operation_id"), (2, "metadata")]
+    assert "U+0000" in await refused(stack, person.metadata, event(operation_id="a\0b"))
+
+
+async def test_a_time_that_no_calendar_has_names_its_field(stack: Stack, person: Person) -> None:
+    never = event(id="mine")
+    never.occurred_at.seconds = 10**12
+    answer = await stack.usage.BatchRecordUsage(rpc.BatchRecordUsageRequest(events=[never]), metadata=person.metadata)
+    assert answer.errors[0].field == "occurred_at"
+    assert "occurred_at" in await refused(stack, person.metadata, never)
+
+
+async def test_a_stated_cost_is_kept_beside_the_computed_one(stack: Stack, person: Person) -> None:
+    may = await stack.key(person, "usage.record", "usage.state_cost")
+    stored = (await record(stack, bearer(may.key), event(stated_cost="0.5"))).event
+    assert (Decimal(stored.stated_cost), Decimal(stored.cost)) == (Decimal("0.5"), Decimal("0.0075"))
+    lacks = await stack.key(person, "usage.record")
+    assert "usage.state_cost" in await refused(stack, bearer(lacks.key), event(stated_cost="0.5"))
+
+
+async def test_whoever_may_only_record_is_told_of_his_own_events_alone(stack: Stack, person: Person) -> None:
+    mine, other = [bearer((await stack.key(person, "usage.record")).key) for _ in range(2)]
+    one = event(metadata={"customer": "secret"})
+    assert (await record(stack, mine, one)).event.metadata["customer"] == "secret"
+    again = await record(stack, mine, one)
+    assert again.duplicate and again.event.metadata["customer"] == "secret"
+    guessed = await record(stack, other, one)
+    assert guessed.duplicate and not guessed.HasField("event")
+    assert (await record(stack, person.metadata, one)).event.metadata["customer"] == "secret"
+
+
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
+async def test_sums_are_locked_in_one_order_by_all_who_write_them(stack: Stack, person: Person) -> None:
+    """Roll-ups before counters, as whoever prices anew does: else the two wait for each other in a circle."""
+    await record(stack, person.metadata, event())
+    async with ledger(stack) as db:
+        org = sa.bindparam("org", person.org_id, UsageCounter.org_id.type)
+        rollups = sa.select(UsageRollup.starts_at).where(UsageRollup.org_id == org).with_for_update(nowait=True)
+        async with db.writing.connect() as holder, db.writing.connect() as looker:
+            held = (await holder.execute(sa.select(UsageCounter.tokens).where(UsageCounter.org_id == org).with_for_update())).all()
+            assert len(held) == 2
+            waiting = asyncio.create_task(record(stack, person.metadata, event()))
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            with pytest.raises(sa.exc.DBAPIError, match="could not obtain lock"):
+                await looker.execute(rollups)
+            await looker.rollback()
+            await holder.rollback()
+        assert not (await waiting).duplicate

@@ -22,7 +22,8 @@ from services.kit import ids
 from services.kit.columns import now
 from services.kit.db import ALL, Database
 from services.kit.partitions import ensure
-from tests.harness import Person, Stack, clean_env
+from tests.conftest import Databases
+from tests.harness import Person, Stack, clean_env, running
 from tests.processes import ROOT
 
 
@@ -45,7 +46,7 @@ async def found(stack: Stack, person: Person, *, repair: bool = False) -> list[s
     """What is wrong with somebody's sums."""
     db = Database(stack.urls["deployment_svc"], DeploymentSettings(), "test")
     try:
-        months = [month for org_id, month in await check.months(db) if org_id == person.org_id]
+        months = [month for org_id, month in await check.months(db, 400) if org_id == person.org_id]
         return [str(one) for month in months async for one in check.check(db, person.org_id, month, repair=repair)]
     finally:
         await db.close()
@@ -117,6 +118,21 @@ async def test_the_command_makes_no_database(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "services.cli", "usage", "check", "--data-dir", str(tmp_path / "nowhere")]
     missing = await asyncio.to_thread(subprocess.run, words, cwd=ROOT, env=nothing, capture_output=True, text=True, check=False)
     assert missing.returncode and "there is no database" in missing.stderr and not (tmp_path / "nowhere").exists()
+
+
+async def test_sums_without_their_events_are_right_once_these_are_over(databases: Databases, tmp_path: Path) -> None:
+    """What retention keeps, no repair may take away; also where there is no event at all any more."""
+    async with running(tmp_path, databases.make()) as stack:
+        person = await stack.person()
+        await used(stack, person, 1)
+        await change(stack, sa.update(UsageRollup).values(starts_at=now() - timedelta(days=90)))
+        await change(stack, sa.delete(UsageEvent))
+        db = Database(stack.urls["deployment_svc"], DeploymentSettings(), "test")
+        try:
+            assert await check.months(db, 40) == []
+            assert await check.months(db, 4000) == [(person.org_id, month_of(now() - timedelta(days=90)))]
+        finally:
+            await db.close()
 
 
 async def test_events_are_forgotten_by_the_month_and_their_sums_stay(stack: Stack, person: Person) -> None:

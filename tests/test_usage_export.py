@@ -272,3 +272,12 @@ def test_cells_of_every_kind() -> None:
     cells = dict(zip((one.name for one in columns), next(csv.reader([exports._csv(columns, [event]).decode()])), strict=True))
     assert (cells["id"], cells["estimated"], cells["metadata"], cells["status"]) == ("'=1", "true", '{"a":"1","b":"2"}', "USAGE_STATUS_OK")
     assert (cells["created_at"], cells["occurred_at"], cells["type"], cells["latency_ms"]) == ("2027-01-31T12:00:00Z", "", "", "5")
+
+
+async def test_a_full_batch_comes_in_as_json(stack: Stack, person: Person) -> None:
+    """As many as the method takes, each with what one usually has."""
+    one = {"provider": "anthropic", "model": "claude-opus-4.5", "tokensIn": "1200", "tokensOut": "300", "tokensCached": "100", "latencyMs": "950"}
+    at = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    batch = {"events": [one | {"id": f"request-of-the-day-{number:07}", "occurredAt": at, "operationId": "from the shop"} for number in range(5000)]}
+    answer = await stack.http.post("/v1/usage:batch", json=batch, headers=dict(person.metadata), timeout=60)
+    assert answer.status_code == 200 and answer.json()["accepted"] == 5000, answer.text[:300]

@@ -3,6 +3,7 @@
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -19,13 +20,15 @@ from gateway.errors import ApiError, from_rpc, not_found
 PAGE = "/dashboard/prices"
 _PAGE_SIZE = 50
 _UNPRICED = 10
-_RECOST_S = 3600
+_RECOST_S = 20
+"""So long pricing anew goes on before the page says how far it is; whoever waits behind a proxy would be told nothing."""
 _TOLD = (code_pb2.INVALID_ARGUMENT, code_pb2.ALREADY_EXISTS, code_pb2.FAILED_PRECONDITION, code_pb2.NOT_FOUND)
 """What a form is refused with that its page can say."""
 _MILLISECONDS = re.compile(r"[0-9]{1,13}", re.ASCII)
 _AMOUNTS = ("tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning")
 _NEW: dict[str, str] = dict.fromkeys(("provider", "model", "above_tokens_in", *_AMOUNTS, "markup", "effective_from", "effective_to"), "")
 _RECOST = {"recost_provider": "", "recost_model": "", "recost_from": "", "recost_to": "", "unpriced_only": "1"}
+_RECOST_FIELDS = {"provider": "recost_provider", "model": "recost_model", "start": "recost_from", "end": "recost_to"}
 
 
 async def index(visit: Visit, status: int = 200, **more: Any) -> Response:
@@ -121,6 +124,7 @@ async def recost(visit: Visit) -> Response:
     request = usage_service_pb2.RecostUsageRequest(
         provider=form.get("recost_provider", "")[:65], model=form.get("recost_model", "")[:129],
         unpriced_only=form.get("unpriced_only") == "1", apply=form.get("do") == "apply",
+        after_position=form.get("after_position", "")[:1024],
     )  # fmt: skip
     for name, field in (("recost_from", request.start), ("recost_to", request.end)):
         if (when := _day(form, name, problems)) is not None:
@@ -129,12 +133,17 @@ async def recost(visit: Visit) -> Response:
         visit.problems = problems
         return await index(visit, 400)
     last = usage_service_pb2.RecostUsageResponse()
-    call = visit.services.usage.RecostUsage(request, metadata=visit.metadata, timeout=_RECOST_S)
+    deadline = time.monotonic() + _RECOST_S
+    call = visit.services.usage.RecostUsage(request, metadata=visit.metadata, timeout=2 * _RECOST_S)
     try:
         async for progress in call:
             last = progress
+            if time.monotonic() > deadline:
+                break
     except grpc.aio.AioRpcError as error:
-        return await _refused(visit, from_rpc(error))
+        # What it has come to stays.
+        if not last.position:
+            return await _refused(visit, from_rpc(error), _RECOST_FIELDS)
     finally:
         call.cancel()
     return await index(visit, result=last, applied=request.apply)
@@ -156,13 +165,13 @@ async def _done(visit: Visit, rpc: Any, request: Any, what: str, problems: dict[
     return RedirectResponse(link(PAGE, done=what), 303, HEADERS)
 
 
-async def _refused(visit: Visit, error: ApiError, **more: Any) -> Response:
-    """The page with what is wrong beside its fields; raises what is not about a form."""
+async def _refused(visit: Visit, error: ApiError, fields: Mapping[str, str] | None = None, **more: Any) -> Response:
+    """The page with what is wrong beside its fields; raises what is not about a form. ``fields``: a request's -> the form's."""
     if error.status.code not in _TOLD:
         raise error
     visit.blame(error)
-    visit.problems = {name.removeprefix("price.").removeprefix("recost_"): text for name, text in visit.problems.items()}
-    if not visit.problems.keys() <= {*_NEW, "yaml"}:
+    visit.problems = {(fields or {}).get(name, name.removeprefix("price.")): text for name, text in visit.problems.items()}
+    if not visit.problems.keys() <= {*_NEW, *_RECOST, "yaml"}:
         # What has no field of its own stands at the head of the page.
         visit.problem = "; ".join(f"{name}: {text}" for name, text in visit.problems.items())
     return await index(visit, error.http_status, **more)

@@ -11,9 +11,8 @@ from gateway.dashboard.visit import Visit
 
 _PERIODS = {quota_pb2.QUOTA_PERIOD_HOUR: "hour", quota_pb2.QUOTA_PERIOD_DAY: "day", quota_pb2.QUOTA_PERIOD_MONTH: "month"}
 _WHOSE = {
-    quota_pb2.QUOTA_SCOPE_ORGANIZATION: "the organization", quota_pb2.QUOTA_SCOPE_USER: "you", quota_pb2.QUOTA_SCOPE_API_KEY: "an API key",
-    quota_pb2.QUOTA_SCOPE_DEPLOYMENT: "a deployment",
-}  # fmt: skip
+    quota_pb2.QUOTA_SCOPE_USER: "you", quota_pb2.QUOTA_SCOPE_API_KEY: "an API key", quota_pb2.QUOTA_SCOPE_DEPLOYMENT: "a deployment",
+}
 _NOTICES = 5
 NEARLY = 75
 """Hundredths of a limit from which on it needs attention."""
@@ -66,10 +65,10 @@ def _state(status: quota_pb2.QuotaStatus) -> tuple[str, str]:
     return ("warn", "Nearly used up") if status.percent >= NEARLY else ("good", "Enough left")
 
 
-def notice(one: quota_pb2.QuotaNotice, currency: str) -> str:
+def notice(one: quota_pb2.QuotaNotice, currency: str, whose: str) -> str:
     """What was noticed, in words."""
     of = f"{_said(one.unit, one.amount, currency)} a {_PERIODS.get(one.period, 'period')}"
-    return f"{one.percent} % of {of} for {_WHOSE.get(one.scope, 'somebody')}"
+    return f"{one.percent} % of {of} for {whose}"
 
 
 def _said(unit: int, amount: str, currency: str) -> str:

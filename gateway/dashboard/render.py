@@ -132,8 +132,11 @@ def count(number: int) -> str:
 
 
 def short_count(number: int) -> str:
-    """A number where there is little room: 12,345 and 1.23 M."""
-    return f"{number:,}" if number < 1_000_000 else f"{number / 1_000_000:,.4g} M"
+    """A number where there is little room: 12,345 and 1.235 M."""
+    for size, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:{',.4g' if number < 1000 * size else ',.0f'}} {letter}"
+    return f"{number:,}"
 
 
 def with_query(query: Mapping[str, str], **changes: Any) -> str:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from google.rpc import code_pb2
 from starlette.responses import RedirectResponse, Response
 
-from clawplane.deployment.v1 import deployment_service_pb2, usage_event_pb2
+from clawplane.deployment.v1 import deployment_service_pb2, quota_pb2, usage_event_pb2
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
 from clawplane.user.v1 import api_key_service_pb2, member_service_pb2
 from gateway import exports
 from gateway.dashboard import charts, quotas
-from gateway.dashboard.render import HEADERS, link, render
+from gateway.dashboard.render import HEADERS, render, with_query
 from gateway.dashboard.usage_query import DIMS, PRESETS, SHOWN, TYPES, Query, blamed
 from gateway.dashboard.visit import Visit, violations
 from gateway.errors import ApiError, invalid
@@ -30,6 +30,11 @@ _MOST_NAMES = 100
 """Of users, keys and deployments each, the latest; others are shown by their ids."""
 _NAMED = ("user", "key", "deployment")
 """Dimensions whose values have names of their own."""
+_SUBJECTS = {
+    quota_pb2.QUOTA_SCOPE_USER: ("the user", "user"), quota_pb2.QUOTA_SCOPE_API_KEY: ("the API key", "key"),
+    quota_pb2.QUOTA_SCOPE_DEPLOYMENT: ("the deployment", "deployment"),
+}  # fmt: skip
+"""Scope of a limit -> whose it is, and the dimension that knows its name."""
 _EXPORT_S = 3600
 _COLUMNS = (
     "events", "errors", "tokens_in", "tokens_out", "tokens_cached", "tokens_reasoning", "cost", "currency", "unpriced_events",
@@ -62,13 +67,15 @@ async def page(visit: Visit) -> Response:
         given.pop("filters", None)
     if given != dict(visit.query) or "" in given.values():
         # A form sends its empty fields too; nobody wants them in a bookmark.
-        return RedirectResponse(link("/dashboard/usage", **given), 303, HEADERS)
+        return RedirectResponse("/dashboard/usage" + with_query(given).rstrip("?"), 303, HEADERS)
     query = Query.of(given)
     visit.problems = dict(query.problems)
     choosing = bool(query.filters or query.problems.keys() & DIMS.keys() or visit.query.get("filters"))
     (bars, sums), limits, noticed, names = await visit.calls(
         _sums(visit, query), quotas.checked(visit), quotas.noticed(visit), _names(visit, wanted=choosing or query.by in _NAMED)
     )
+    if not choosing and any(one.subject for one in noticed):
+        names = await _names(visit, wanted=True)
     total, currency = (sums.total, sums.total.currency) if sums else (None, "")
     heads, series = _series(bars.sums, query, names) if bars else ([], [])
     return render(
@@ -76,7 +83,8 @@ async def page(visit: Visit) -> Response:
         dims=DIMS, types=TYPES, names=names, choosing=choosing, heads=heads, chart=_chart(query, heads, series, currency) if heads else "",
         rows=_rows(bars, query, series) if heads else [], lines=_breakdown(sums, query, names) if sums else [],
         more=max(0, len(sums.sums) - _MOST_ROWS) if sums else 0, meters=[quotas.meter(one, currency) for one in limits],
-        notices=[(one, quotas.notice(one, currency)) for one in noticed], told=told, change=change, latency=latency, rate=rate,
+        notices=[(one, quotas.notice(one, currency, _whose(one, visit, names))) for one in noticed], told=told, change=change,
+        latency=latency, rate=rate,
     )  # fmt: skip
 
 
@@ -143,6 +151,15 @@ async def _names(visit: Visit, *, wanted: bool) -> Names:
 
 async def _listed(visit: Visit, permission: str, listing: Any, request: Any) -> Any:
     return await visit.call(listing, request(page_size=_MOST_NAMES)) if visit.may(permission) else None
+
+
+def _whose(one: quota_pb2.QuotaNotice, visit: Visit, names: Names) -> str:
+    if one.scope not in _SUBJECTS:
+        return "the organization"
+    if one.subject == visit.who.user_id:
+        return "you"
+    word, by = _SUBJECTS[one.scope]
+    return f"{word} {told(names, by, one.subject)}"
 
 
 def _value(one: rpc.UsageSum, by: str) -> str:

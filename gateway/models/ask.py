@@ -41,11 +41,11 @@ class Asker:
     async def ask(self, upstream: Upstream, wish: Wish, max_tokens: int) -> aiohttp.ClientResponse:
         """The provider's answer, its body still to be read; Unanswered when it is none."""
         headers = {"content-type": "application/json", "authorization": f"Bearer {upstream.api_key.get_secret_value()}"}
-        content = openai.outgoing(wish, upstream.name_of(wish.model), max_tokens)
+        content = openai.outgoing(wish, upstream.name_of(wish.model), max_tokens, upstream.limit_name)
         url = f"{upstream.base_url}/chat/completions"
         try:
             answer = await self._http().post(url, data=content, headers=headers, allow_redirects=False)
-        except aiohttp.ClientConnectorError:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
             raise Unanswered(_unavailable("the model's provider cannot be reached")) from None
         if answer.status == 200:
             return answer

@@ -117,7 +117,7 @@ class Exchange:
             raise BrokenStream("the answer is not JSON") from None
         self._meter.usage = openai.usage_of(said)
         self._meter.events = len(raw) // 4
-        await self._settle_what_was_seen()
+        await self._settle_what_was_seen(_OK)
         await self.client.begin(200, "application/json", [(b"content-length", str(len(raw)).encode())])
         await self.client.write(raw, more=False)
 
@@ -132,16 +132,17 @@ class Exchange:
         if not self._meter.is_done and self._meter.usage is None:
             raise BrokenStream("the stream ended before its end")
         # Who has seen the end can rely on it that the call is counted.
-        await self._settle_what_was_seen()
+        await self._settle_what_was_seen(_OK)
         await self.client.write(b"".join(self._meter.held), more=False)
         await self.asker.finish(answer)
 
-    async def _settle_what_was_seen(self) -> None:
+    async def _settle_what_was_seen(self, status: "usage_event_pb2.UsageStatus.ValueType" = _ERROR) -> None:
+        """By the provider's count, which comes at the end of an answer; where it told none, by an estimate."""
         if self._meter.usage is not None:
             await self._settle(self._meter.usage, estimated=False, status=_OK)
         else:
             seen = min(self._meter.events, self.call.max_tokens)
-            await self._settle(Usage(self.wish.tokens_in, seen), estimated=True, status=_ERROR)
+            await self._settle(Usage(self.wish.tokens_in, seen), estimated=True, status=status)
 
     async def _settle(self, usage: Usage, *, estimated: bool, status: "usage_event_pb2.UsageStatus.ValueType") -> None:
         self._is_settled, left_s = True, 0.0

@@ -96,12 +96,13 @@ def _bad(param: str, problem: str) -> OpenAiError:
     return OpenAiError(400, f"{param}: {problem}", param=param)
 
 
-def outgoing(wish: Wish, model: str, max_tokens: int) -> bytes:
-    """What is sent upstream: with the provider's own name of the model, a bound on the answer, and the usage asked for."""
+def outgoing(wish: Wish, model: str, max_tokens: int, limit_name: str) -> bytes:
+    """What is sent upstream: with the provider's own name of the model, a bound on the answer, and the usage asked for. ``limit_name``:
+    the parameter that bounds the answer of a caller who does not."""
     body = wish.body | {"model": model}
     if not wish.max_tokens:
         # What is held is for all choices together.
-        body["max_tokens"] = max(1, max_tokens // wish.choices)
+        body[limit_name] = max(1, max_tokens // wish.choices)
     if wish.stream:
         body["stream_options"] = (body.get("stream_options") or {}) | {"include_usage": True}
     return orjson.dumps(body)

@@ -1,6 +1,7 @@
 """The providers that models are asked at."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, Field, SecretStr, field_validator
 
@@ -12,6 +13,9 @@ class Upstream(BaseModel):
     prefixes: list[str] = Field(min_length=1, description="models that start so are asked here")
     base_url: str = Field(description="address before /chat/completions, https://api.example.com/v1")
     api_key: SecretStr = Field(SecretStr(""), description="the platform's key there; it never leaves the gateway")
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="parameter that bounds an answer; OpenAI's own models of today take max_completion_tokens alone"
+    )
     names: dict[str, str] = Field(default_factory=dict, description="our name of a model -> the provider's, where they differ")
 
     @field_validator("base_url")

@@ -60,7 +60,7 @@ def _period(call: Call, request: Any) -> Select[Any]:
     if request.org_id:
         statement = statement.where(model.org_id == request.org_id)
     if request.HasField("start"):
-        statement = statement.where(model.created_at >= to_datetime(request.start))
+        statement = statement.where(model.created_at >= to_datetime(request.start, "start"))
     if request.HasField("end"):
-        statement = statement.where(model.created_at < to_datetime(request.end))
+        statement = statement.where(model.created_at < to_datetime(request.end, "end"))
     return statement

@@ -5,9 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
+import protovalidate
 from buf.validate import validate_pb2
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
+
+from services.kit import texts
+from services.kit.errors import Violation
+from services.kit.intake import violation
 
 Check = Callable[[Sequence[Any]], bool]
 """Whether all values of one field are sound."""
@@ -17,7 +22,8 @@ _INTEGERS = {FieldDescriptor.TYPE_INT32: "int32", FieldDescriptor.TYPE_INT64: "i
 class Bulk:
     """The rules of one kind of message. Made from its descriptor, so that they stand in the contract alone.
 
-    ``sound`` is true only if protovalidate would find nothing; when it is false, protovalidate says what there is."""
+    ``sound`` is true only if protovalidate would find nothing, and no text with a rule holds U+0000; when it is false, ``wrong`` says what
+    there is in each."""
 
     def __init__(self, kind: type[Message]) -> None:
         """ValueError for a kind with rules that this does not know: those are protovalidate's to check."""
@@ -28,6 +34,13 @@ class Bulk:
     def sound(self, messages: Sequence[Any]) -> bool:
         """Whether no message breaks a rule."""
         return all(check(list(map(get, messages))) for get, check in self._checks)
+
+    @staticmethod
+    def wrong(message: Message) -> list[Violation]:
+        """What is wrong with one message, by its fields."""
+        if field := texts.field_with_nul(message):
+            return [(field, "must not hold the character U+0000")]
+        return [violation(found) for found in protovalidate.collect_violations(message)]
 
 
 def _rules(field: FieldDescriptor) -> validate_pb2.FieldRules:
@@ -85,9 +98,12 @@ def _string(rules: validate_pb2.StringRules, *, empty_is_fine: bool = False) -> 
         values = set(column)
         if empty_is_fine:
             values.discard("")
-        lengths = [len(value) for value in values]
         if not values:
             return True
+        # What PostgreSQL cannot store breaks no rule, and is as wrong.
+        if "\0" in "".join(values):
+            return False
+        lengths = [len(value) for value in values]
         if min(lengths) < rules.min_len or (most is not None and max(lengths) > most):
             return False
         return matches is None or all(map(matches, values))

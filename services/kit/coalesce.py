@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 from services.kit.errors import Exhausted
 
@@ -27,15 +28,24 @@ class Room:
         self.held = 0
 
     @contextmanager
-    def taken(self, count: int) -> Iterator[None]:
-        """Holds room for so many while the block runs; Exhausted when there is none. Somebody alone is always let in."""
+    def taken(self, count: int, tasks: Sequence[asyncio.Task[Any]] = ()) -> Iterator[None]:
+        """Holds room for so many while the block runs, and after it until those of its tasks have ended that are still under way then.
+        Exhausted when there is no room. Somebody alone is always let in."""
         if self.held and self.held + count > self.most:
             raise Exhausted(f"{self.held} {self.what} wait to be written, {self.most} may: send the same again", retry_after_s=0.5)
         self.held += count
+
+        def leave(_: object = None) -> None:
+            self.held -= count
+
         try:
             yield
         finally:
-            self.held -= count
+            left = [task for task in tasks if not task.done()]
+            if left:
+                asyncio.gather(*left, return_exceptions=True).add_done_callback(leave)
+            else:
+                leave()
 
 
 class Coalescer(Generic[T, R]):
@@ -45,7 +55,7 @@ class Coalescer(Generic[T, R]):
     def __init__(self, work: Work[T, R], most: int = _MOST, flights: int = 2) -> None:
         """``most`` items share one piece of work, and so many pieces are under way at a time."""
         self._work, self._most, self._most_flights = work, most, flights
-        self._waiting: list[tuple[T, asyncio.Future[R]]] = []
+        self._waiting: dict[asyncio.Future[R], T] = {}
         self._flights: set[asyncio.Task[None]] = set()
         self._flying = 0
         self._asked = 0
@@ -54,7 +64,7 @@ class Coalescer(Generic[T, R]):
     async def __call__(self, item: T) -> R:
         """The answer; raises what the work raised."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self._waiting[future] = item
         if self._flying < self._most_flights:
             self._flying += 1
             flight = asyncio.create_task(self._fly())
@@ -66,18 +76,22 @@ class Coalescer(Generic[T, R]):
             return await future
         finally:
             self._asked -= 1
+            # Of whoever has left nothing stays: where work is slow, it would pile up unseen.
+            self._waiting.pop(future, None)
 
     async def _fly(self) -> None:
-        batch: list[tuple[T, asyncio.Future[R]]] = []
+        batch: dict[asyncio.Future[R], T] = {}
         try:
             while self._waiting:
                 if self._asked > 1:
                     await self._linger()
-                batch, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
+                batch = dict(islice(self._waiting.items(), self._most))
+                for future in batch:
+                    del self._waiting[future]
                 if batch:
                     await self._serve(batch)
         except asyncio.CancelledError:
-            for _, future in batch:
+            for future in batch:
                 future.cancel()
             raise
         finally:
@@ -96,12 +110,12 @@ class Coalescer(Generic[T, R]):
             if self._asked == seen:
                 return
 
-    async def _serve(self, batch: list[tuple[T, "asyncio.Future[R]"]]) -> None:
+    async def _serve(self, batch: Mapping["asyncio.Future[R]", T]) -> None:
         try:
-            answers = await self._work([item for item, _ in batch])
+            answers = await self._work(list(batch.values()))
         except Exception as error:
             answers = [error] * len(batch)
-        for (_, future), answer in zip(batch, answers, strict=True):
+        for future, answer in zip(batch, answers, strict=True):
             # Whose caller has left is done already.
             if future.done():
                 continue

@@ -116,7 +116,7 @@ def _is_set(message: Message, field: Any) -> bool:
 def _python(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if isinstance(value, timestamp_pb2.Timestamp):
-        return to_datetime(value) if message.HasField(field.name) else None
+        return to_datetime(value, field.name) if message.HasField(field.name) else None
     if isinstance(value, struct_pb2.Struct):
         return MessageToDict(value)
     if field.is_repeated:
@@ -124,12 +124,12 @@ def _python(message: Message, field: Any) -> Any:
     return value
 
 
-def to_datetime(value: timestamp_pb2.Timestamp) -> datetime:
-    """A protobuf time as aware UTC; InvalidArgument for one that no calendar has."""
+def to_datetime(value: timestamp_pb2.Timestamp, field: str) -> datetime:
+    """A protobuf time as aware UTC; InvalidArgument, naming its field, for one that no calendar has."""
     try:
         return value.ToDatetime(tzinfo=UTC)
     except ValueError:
-        raise InvalidArgument("", "a time must lie within the years 1 to 9999") from None
+        raise InvalidArgument(field, "must lie within the years 1 to 9999") from None
 
 
 def any_field(message: Descriptor, holds: Callable[[FieldDescriptor], bool], seen: set[str] | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
@@ -10,8 +11,10 @@ _VARINT, _EIGHT_BYTES, _WITH_LENGTH, _FOUR_BYTES = 0, 1, 2, 5
 
 
 def field_with_nul(message: Message) -> str:
-    """Path of the first text that holds U+0000, or ""."""
+    """Path of the first text that holds U+0000, or "". Messages whose rules their own handler checks, each by itself, are left to it."""
     for descriptor, value in message.ListFields():
+        if descriptor.GetOptions().Extensions[validate_pb2.field].repeated.items.ignore == validate_pb2.IGNORE_ALWAYS:
+            continue
         items = value if descriptor.is_repeated else [value]
         if descriptor.is_repeated and descriptor.message_type is not None and descriptor.message_type.GetOptions().map_entry:
             items = [*value.keys(), *value.values()]

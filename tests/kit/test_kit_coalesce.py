@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from services.kit.coalesce import Batcher, Loader
+from services.kit.coalesce import Batcher, Loader, Room
+from services.kit.errors import Exhausted
 
 
 class Table:
@@ -47,6 +48,39 @@ async def test_nobody_gets_what_was_read_before_he_asked() -> None:
     await asyncio.sleep(0.02)
     table.gate.set()
     assert (await early, await late) == (1, 1000)
+
+
+async def test_of_whoever_leaves_nothing_waits() -> None:
+    """A table that is stuck while callers come and give up: what waits must not grow."""
+    table = Table()
+    load: Loader[int] = Loader(table.fetch)
+    table.gate.clear()
+    async with asyncio.timeout(10):
+        for number in range(50):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await load(f"k{number}")
+    assert not load._waiting
+    table.gate.set()
+    assert await load("k7") == 7
+
+
+async def test_room_is_held_until_the_work_has_ended() -> None:
+    room, gate, tasks = Room(10, "rows"), asyncio.Event(), list[asyncio.Task[object]]()
+
+    async def caller() -> None:
+        with room.taken(8, tasks):
+            tasks.extend(asyncio.create_task(gate.wait()) for _ in range(3))
+            await asyncio.wait(tasks)
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(caller(), 0.02)
+    assert room.held == 8
+    with pytest.raises(Exhausted), room.taken(3):
+        pass
+    gate.set()
+    await asyncio.sleep(0.01)
+    assert room.held == 0
 
 
 async def test_nobody_waits_for_ever() -> None:

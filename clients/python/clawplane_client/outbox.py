@@ -63,7 +63,7 @@ class Outbox:
         self._leftover: Leftover | None = None
         self._reports: deque[errors.Rejection | errors.UsageError] = deque()
         self._counts = Counts()
-        self._urgent = self._closed = self._finished = False
+        self._urgent = self._closed = self._finished = self._memory_was_last = False
         self._backlog = spool is not None
         self._look_at = self._spill_at = 0.0
         self._spool_trouble: errors.UsageError | None = None
@@ -193,11 +193,14 @@ class Outbox:
         return max(0.0, self._limits.flush_interval_s - self._memory.waited_s)
 
     def _load(self) -> None:
-        # Whoever is about to end saves what the end would take first.
-        if not (self._closed and self._memory.waiting) and (leftover := self._oldest()):
+        # What the end of the program would take goes first, then by turns: else it would be at risk for as long as a backlog drains.
+        from_memory = self._memory.waiting and (self._closed or (self._due_s() <= 0 and not self._memory_was_last))
+        if not from_memory and (leftover := self._oldest()):
+            self._memory_was_last = False
             self._leftover = leftover
             self._pieces.extend(parts(leftover.events, self._limits.batch_events, _MOST_BYTES))
         elif self._due_s() <= 0:
+            self._memory_was_last = True
             self._pieces.append(self._memory.take(self._limits.batch_events, _MOST_BYTES))
             self._urgent = self._urgent and self._memory.waiting > 0
 

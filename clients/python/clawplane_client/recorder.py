@@ -2,6 +2,8 @@
 
 import atexit
 import logging
+import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ log = logging.getLogger("clawplane_client")
 Token = str | Callable[[], str]
 # Our own pauses decide when a service that was away is tried again, not those of the channel.
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.min_reconnect_backoff_ms", 1_000), ("grpc.max_reconnect_backoff_ms", 1_000)]
+
+
+_ALIVE: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
 
 
 class Recorder:
@@ -68,6 +73,8 @@ class Recorder:
             _checked(token)
         self._outbox = self._make_outbox()
         self._spools = bool(spool_dir)
+        self._of_parent: list[Any] = []
+        _ALIVE.add(self)
         self._begin(at_once=self._spools)
         atexit.register(self._at_exit)
 
@@ -85,6 +92,20 @@ class Recorder:
 
     def _at_exit(self) -> None:
         raise NotImplementedError
+
+    def _before_fork(self) -> None:
+        """Waits for what must not be under way when the process forks."""
+
+    def _after_fork_in_parent(self) -> None:
+        """Goes on with it."""
+
+    def _after_fork_in_child(self) -> None:
+        """What was recorded before the fork is the parent's; all that sends, locks and files are made anew."""
+        self._outbox.abandon()
+        # Kept, since taking it apart is the parent's business as well.
+        self._of_parent = [value for name, value in vars(self).items() if name in ("_channel", "_thread", "_task")]
+        self._outbox = self._make_outbox()
+        self._begin(at_once=False)
 
     def _open(self, grpc_or_aio: Any) -> Any:
         """A new channel of either kind."""
@@ -128,10 +149,25 @@ class Recorder:
         """The very last: puts what is left into the spool; what could not be put there."""
         left = self._outbox.finish()
         atexit.unregister(self._at_exit)
+        _ALIVE.discard(self)
         if not left:
             return None
         log.error("%s usage events were not delivered", len(left))
         return errors.NotDelivered(left)
+
+
+def _each(method: str) -> Callable[[], None]:
+    def call() -> None:
+        for recorder in list(_ALIVE):
+            getattr(recorder, method)()
+
+    return call
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_each("_before_fork"), after_in_parent=_each("_after_fork_in_parent"), after_in_child=_each("_after_fork_in_child")
+    )
 
 
 def of_openai(response: Any, provider: str, model: str, fields: Mapping[str, Any]) -> dict[str, Any]:

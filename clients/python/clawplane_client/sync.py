@@ -1,11 +1,8 @@
 """UsageRecorder: for programs with threads."""
 
 import logging
-import os
 import threading
 import time
-import weakref
-from collections.abc import Callable
 from typing import Any, Unpack
 
 import grpc
@@ -17,7 +14,6 @@ from clawplane_client.recorder import Recorder, of_anthropic, of_openai
 
 log = logging.getLogger("clawplane_client")
 _LAST_WAIT_S = 1.0
-_ALIVE: "weakref.WeakSet[UsageRecorder]" = weakref.WeakSet()
 
 
 class UsageRecorder(Recorder):
@@ -33,7 +29,6 @@ class UsageRecorder(Recorder):
         self._progress, self._steps = threading.Condition(), 0
         self._thread: threading.Thread | None = None
         self._channel: grpc.Channel | None = None
-        _ALIVE.add(self)
         if at_once:
             self._start()
 
@@ -94,7 +89,6 @@ class UsageRecorder(Recorder):
             self._thread.join(_LAST_WAIT_S)
         lost = self._undelivered()
         self._tell()
-        _ALIVE.discard(self)
         if lost is not None:
             raise lost
 
@@ -151,26 +145,3 @@ class UsageRecorder(Recorder):
         if self._sends_none:
             self._sends_none = False
             self._sending.release()
-
-    def _after_fork_in_child(self) -> None:
-        """What was recorded before the fork is the parent's; thread, channel, locks and files are made anew."""
-        self._outbox.abandon()
-        self._outbox = self._make_outbox()
-        # Kept, since taking it apart is the parent's business as well.
-        self._channel_of_parent = self._channel
-        self._begin(at_once=False)
-
-
-def _each(method: Callable[["UsageRecorder"], None]) -> Callable[[], None]:
-    def call() -> None:
-        for recorder in list(_ALIVE):
-            method(recorder)
-
-    return call
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_each(UsageRecorder._before_fork), after_in_parent=_each(UsageRecorder._after_fork_in_parent),
-        after_in_child=_each(UsageRecorder._after_fork_in_child),
-    )  # fmt: skip

@@ -23,7 +23,7 @@ class BlacklistService(blacklist_service_pb2_grpc.BlacklistServiceServicer):
     ) -> blacklist_entry_pb2.BlacklistEntry:
         values: dict[str, Any] = {
             "reason": request.reason or "Provider blacklisted",
-            "expires_at": to_datetime(request.expires_at) if request.HasField("expires_at") else None,
+            "expires_at": to_datetime(request.expires_at, "expires_at") if request.HasField("expires_at") else None,
             # An operator's word replaces what the rule has found.
             "by_rule": False, "on_probation": False, "strikes": 0, "evidence": [],
         }  # fmt: skip

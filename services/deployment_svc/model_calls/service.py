@@ -4,7 +4,6 @@ from typing import Any
 
 from clawplane.deployment.v1 import model_call_pb2, model_call_service_pb2_grpc
 from clawplane.deployment.v1 import model_call_service_pb2 as rpc
-from clawplane.errors.v1.errors_pb2 import ErrorReason
 from services.deployment_svc.quotas.rules import exact
 from services.deployment_svc.quotas.service import who_of
 from services.deployment_svc.settings import DeploymentSettings
@@ -30,8 +29,6 @@ class ModelCallService(model_call_service_pb2_grpc.ModelCallServiceServicer):
             who_of(call), request.provider, request.model, request.tokens_in_estimate, request.max_tokens or most,
             self.settings.model_call_s, settles_itself=True,
         )  # fmt: skip
-        if wish.cost is None:
-            raise InvalidArgument("model", "has no price yet, so it cannot be called", ErrorReason.ERROR_REASON_NO_PRICE)
         row = await self.reservations.grant(wish, call)
         said: dict[str, Any] = {name: row[name] or "" for name in ("id", "org_id", "deployment_id", "provider", "model", "currency")}
         message = model_call_pb2.ModelCall(

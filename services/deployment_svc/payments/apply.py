@@ -22,7 +22,7 @@ class NotOurs(Exception):
 async def apply(session: AsyncSession, event: PaymentEvent, refund_check_s: float) -> tuple[Deployment, str]:
     """Applies an event in the given transaction. Returns the deployment and what happened; NotOurs when none of ours is meant."""
     link, payment, d = await _find(session, event)
-    at = to_datetime(event.occurred_at)
+    at = to_datetime(event.occurred_at, "occurred_at")
     if link is not None:
         rules.merge_session(link, event)
     text = "noted"

@@ -33,7 +33,7 @@ class PaymentService(payment_service_pb2_grpc.PaymentServiceServicer):
             response.Clear()
             taken = await take_in(
                 session, WebhookEvent, source=event.provider, external_id=event.external_id, type=event.type, status="applied",
-                payload=MessageToDict(event), occurred_at=to_datetime(event.occurred_at),
+                payload=MessageToDict(event), occurred_at=to_datetime(event.occurred_at, "occurred_at"),
             )  # fmt: skip
             if taken is None:
                 response.duplicate = True

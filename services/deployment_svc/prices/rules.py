@@ -48,16 +48,21 @@ def next_after(line: Iterable[Price], at: datetime) -> Price | None:
     return min((one for one in line if one.effective_from > at), key=lambda one: one.effective_from, default=None)
 
 
-def place(row: Price, line: Iterable[Price]) -> Price | None:
+def place(row: Price, line: Iterable[Price]) -> tuple[Price | None, Price | None]:
     """Puts a new price among those of the same key, of which none begins at its time: the one that counts then ends there, and it ends
-    itself where a later one begins. Returns the one that was given an end."""
+    itself where a later one begins. Returns the one that was given an end, and a new one that goes on with it where the new price ends
+    before it would have: a time without a price would give the usage in it away."""
     line = list(line)
     before, after = in_force(line, row.effective_from), next_after(line, row.effective_from)
     if after is not None and (row.effective_to is None or row.effective_to > after.effective_from):
         row.effective_to = after.effective_from
-    if before is not None:
-        before.effective_to = row.effective_from
-    return before
+    if before is None:
+        return None, None
+    until, before.effective_to = before.effective_to, row.effective_from
+    if row.effective_to is None or (until is not None and until <= row.effective_to):
+        return before, None
+    same = {name: getattr(before, name) for name in ("provider", "model", "above_tokens_in", "currency", *AMOUNTS)}
+    return before, Price(id=ids.new("prc"), effective_from=row.effective_to, effective_to=until, **same)
 
 
 @dataclass
@@ -95,9 +100,10 @@ def plan(entries: Sequence[Entry], known: Iterable[Price], currency: str, at: da
             _check_end(entry, same, line)
             made.unchanged += 1
             continue
-        place(row, line)
-        line.append(row)
-        made.new.append(row)
+        _, resumed = place(row, line)
+        new = [row, resumed] if resumed is not None else [row]
+        line += new
+        made.new += new
     return made
 
 

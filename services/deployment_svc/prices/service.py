@@ -47,12 +47,14 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
                 raise AlreadyExists(
                     "price.effective_from", "is that of another price of the same provider, model and above_tokens_in", price_id=same.id
                 )
-            ended = rules.place(row, line)
-            session.add(row)
+            ended, resumed = rules.place(row, line)
+            session.add_all([row] if resumed is None else [row, resumed])
             await session.flush()
             note = diff(None, _to_message(row))
             if ended is not None:
                 note["after"]["ends"] = ended.id
+            if resumed is not None:
+                note["after"]["resumes"] = resumed.id
             call.audit(row.id, **note)
             return _to_message(row)
 
@@ -68,11 +70,11 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
         if request.provider:
             statement = statement.where(Price.provider == request.provider)
         if request.HasField("effective_at"):
-            statement = statement.where(counting_at(to_datetime(request.effective_at)))
+            statement = statement.where(counting_at(to_datetime(request.effective_at, "effective_at")))
         return await list_page(call, request, rpc.ListPricesResponse, statement, Price.id, _to_message)
 
     async def EndPrice(self, request: rpc.EndPriceRequest, call: Call) -> price_pb2.Price:
-        given = to_datetime(request.effective_to) if request.HasField("effective_to") else None
+        given = to_datetime(request.effective_to, "effective_to") if request.HasField("effective_to") else None
 
         async def work(session: AsyncSession) -> price_pb2.Price:
             await changed(session, self.prices.book.currency)
@@ -128,7 +130,7 @@ class PriceService(price_service_pb2_grpc.PriceServiceServicer):
     async def ExportPrices(self, request: rpc.ExportPricesRequest, call: Call) -> rpc.ExportPricesResponse:
         statement = select(Price)
         if request.HasField("effective_at"):
-            statement = statement.where(counting_at(to_datetime(request.effective_at)))
+            statement = statement.where(counting_at(to_datetime(request.effective_at, "effective_at")))
         async with call.read() as session:
             rows = (await session.scalars(statement)).all()
         return rpc.ExportPricesResponse(yaml=await asyncio.to_thread(price_file.write, rows))

@@ -99,8 +99,9 @@ def _limits(org_id: str, paid_for: Iterable[Limit], found: Standings) -> Iterato
 
 
 async def _store(session: AsyncSession, rows: list[dict[str, Any]]) -> None:
-    insert = insert_for(session)(QuotaNotice).values(rows).on_conflict_do_nothing()
-    for row in await session.scalars(insert.returning(QuotaNotice)):
+    # Given as parameters, SQLAlchemy splits the rows into statements that the driver can take.
+    insert = insert_for(session)(QuotaNotice).on_conflict_do_nothing().returning(QuotaNotice)
+    for row in await session.scalars(insert, rows):
         log.warning(
             "quota.reached", org=row.org_id, scope=SCOPE.words[row.scope], subject=row.subject, period=PERIOD.words[row.period],
             unit=UNIT.words[row.unit], percent=row.percent, amount=row.amount, used=row.used,

@@ -55,7 +55,7 @@ async def _find(session: AsyncSession, request: rpc.AdjustUsageRequest, event_id
     """The event. Its month may be left out where only one event has the id."""
     statement = select(*COLUMNS).where(UsageEvent.org_id == request.org_id, UsageEvent.id == event_id)
     if request.HasField("occurred_at"):
-        statement = statement.where(UsageEvent.month == month_of(to_datetime(request.occurred_at)))
+        statement = statement.where(UsageEvent.month == month_of(to_datetime(request.occurred_at, "occurred_at")))
     found = [Row._make(row) for row in await session.execute(statement)]
     if not found:
         raise NotFound("event")

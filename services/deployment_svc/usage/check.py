@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from services.deployment_svc.prices.repository import RULES
 from services.deployment_svc.usage import postgres, repository
 from services.deployment_svc.usage.models import SUMS, UsageCounter, UsageEvent, UsageRollup
+from services.deployment_svc.usage.retention import kept_from
 from services.deployment_svc.usage.rows import month_of
 from services.deployment_svc.usage.rules import ALWAYS, COUNTED_BY, Wanted, period_of, rolled_up
 from services.kit.columns import now
@@ -46,13 +47,16 @@ def _say(value: Any) -> str:
     return f"{value.normalize():f}" if isinstance(value, Decimal) else str(value)
 
 
-async def months(db: Database) -> list[tuple[str, date]]:
-    """(organization, month) of everything that there is to check, as far back as events are kept."""
+async def months(db: Database, days: int) -> list[tuple[str, date]]:
+    """(organization, month) of everything that there is to check: as far back as events are kept for so many days, and are there. Of what
+    is over the sums stay, and no event says any more that they are right."""
     async with db.read(ALL) as session:
         oldest = await session.scalar(select(func.min(UsageEvent.month)))
-        found = {(org_id, month) for org_id, month in await session.execute(select(UsageEvent.org_id, UsageEvent.month).distinct())}
+        since = max(kept_from(days), oldest or date.min)
+        events = select(UsageEvent.org_id, UsageEvent.month).where(UsageEvent.month >= since)
+        found = {(org_id, month) for org_id, month in await session.execute(events.distinct())}
         rolled = await session.execute(select(UsageRollup.org_id, UsageRollup.starts_at).distinct())
-        found |= {(org_id, month_of(at)) for org_id, at in rolled if oldest is None or month_of(at) >= oldest}
+        found |= {(org_id, month_of(at)) for org_id, at in rolled if month_of(at) >= since}
     return sorted(found)
 
 

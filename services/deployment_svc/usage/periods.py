@@ -93,7 +93,7 @@ def _check(first: date, last: date, most_days: int) -> None:
 
 
 def _moment(request: rpc.SummarizeUsageRequest, field: str) -> datetime:
-    when = to_datetime(getattr(request, field))
+    when = to_datetime(getattr(request, field), field)
     if not _EARLIEST <= when <= _LATEST:
         raise InvalidArgument(field, f"must be from {_EARLIEST:%Y} to {_LATEST:%Y}")
     return when

@@ -1,7 +1,8 @@
 """What only PostgreSQL can do for the ledger: any number of events with their roll-ups and counters in one statement.
 
-It writes the events in the order of their keys, only then the roll-ups in the order of theirs, and then the counters, so two of them cannot
-wait for each other in a circle.
+It writes the events in the order of their keys, only then the roll-ups in the order of theirs, and then the counters (which ask for the
+roll-ups, since the database runs parts that nobody asks for from the last to the first), so two of them cannot wait for each other in a
+circle, nor one for whoever prices anew.
 """
 
 from collections.abc import Sequence
@@ -91,6 +92,7 @@ WITH book AS (
     INSERT INTO usage_rollups AS r ({_KEY}, {", ".join(SUMS)}, created_at, updated_at)
     SELECT {_KEY}, {", ".join(SUMS)}, now(), now() FROM sums ORDER BY {_KEY}
     ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}, updated_at = excluded.updated_at
+    RETURNING 1
 ), wanted AS (
     SELECT org_id, scope, period FROM (SELECT DISTINCT org_id FROM stored) AS orgs
     CROSS JOIN (VALUES {", ".join(f"('{scope}', '{period}')" for scope, period in ALWAYS)}) AS always(scope, period)
@@ -101,7 +103,8 @@ WITH book AS (
     FROM sums AS s JOIN wanted AS w ON w.org_id = s.org_id AND s.kind = {_COUNTED_BY} GROUP BY 1, 2, 3, 4, 5
 ), counted AS (
     INSERT INTO usage_counters AS c ({_COUNTER_KEY}, tokens, cost, created_at, updated_at)
-    SELECT {_COUNTER_KEY}, tokens, cost, now(), now() FROM counts WHERE scope = 'organization' OR subject <> '' ORDER BY {_COUNTER_KEY}
+    SELECT {_COUNTER_KEY}, tokens, cost, now(), now() FROM counts CROSS JOIN (SELECT count(*) FROM rolled) AS before
+    WHERE scope = 'organization' OR subject <> '' ORDER BY {_COUNTER_KEY}
     ON CONFLICT ({_COUNTER_KEY}) DO UPDATE SET tokens = c.tokens + excluded.tokens, cost = c.cost + excluded.cost,
         updated_at = excluded.updated_at
 )

@@ -67,10 +67,10 @@ def _filtered(request: rpc.ListUsageRequest | rpc.ExportUsageRequest, call: Call
     statement = select(UsageEvent)
     # The month is what the table is partitioned by: it spares a look at all others.
     if request.HasField("start"):
-        start = to_datetime(request.start)
+        start = to_datetime(request.start, "start")
         statement = statement.where(UsageEvent.occurred_at >= start, UsageEvent.month >= month_of(start))
     if request.HasField("end"):
-        end = to_datetime(request.end)
+        end = to_datetime(request.end, "end")
         statement = statement.where(UsageEvent.occurred_at < end, UsageEvent.month <= month_of(end))
     for name in _EXACT:
         if value := getattr(request, name):

@@ -86,9 +86,9 @@ def _months(request: rpc.RecostUsageRequest, call: Call) -> tuple[date, date]:
     first = month_of(now() - timedelta(days=settings.usage_retention_days))
     last = month_of(now() + timedelta(seconds=settings.usage_ahead_s))
     if request.HasField("start"):
-        first = max(first, month_of(to_datetime(request.start)))
+        first = max(first, month_of(to_datetime(request.start, "start")))
     if request.HasField("end"):
-        last = min(last, month_of(to_datetime(request.end)))
+        last = min(last, month_of(to_datetime(request.end, "end")))
     return first, max(first, last)
 
 
@@ -168,9 +168,9 @@ def _asked(request: rpc.RecostUsageRequest, place: Place, last: Place, book: Pri
     if request.model:
         criteria.append(UsageEvent.model == request.model)
     if request.HasField("start"):
-        criteria.append(UsageEvent.occurred_at >= to_datetime(request.start))
+        criteria.append(UsageEvent.occurred_at >= to_datetime(request.start, "start"))
     if request.HasField("end"):
-        criteria.append(UsageEvent.occurred_at < to_datetime(request.end))
+        criteria.append(UsageEvent.occurred_at < to_datetime(request.end, "end"))
     if request.unpriced_only:
         criteria.append(UsageEvent.cost.is_(None))
     return select(*adjust.COLUMNS).where(*criteria)

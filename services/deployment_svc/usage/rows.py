@@ -2,7 +2,6 @@
 
 import re
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -146,7 +145,7 @@ def occurred(event: pb.UsageEvent, at: datetime, window: Window) -> tuple[str, d
     if identity.startswith(MODEL_CALL):
         raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written for reservations alone")
     inside, spelled = _time_in_id(identity)
-    given = to_datetime(event.occurred_at) if event.HasField("occurred_at") else None
+    given = to_datetime(event.occurred_at, "occurred_at") if event.HasField("occurred_at") else None
     if given is None and inside is None:
         raise InvalidArgument("occurred_at", "is needed, since the id is no UUID of version 7 and carries no time")
     if given is not None and inside is not None and (inside.month != given.month or inside.year != given.year):
@@ -185,8 +184,3 @@ def _time_in_id(text: str) -> tuple[datetime | None, str]:
 def month_of(when: datetime) -> date:
     """The first day of the month, UTC."""
     return date(when.year, when.month, 1)
-
-
-def keys(rows: Iterable[Row]) -> set[tuple[str, str, date]]:
-    """The identities of rows."""
-    return {row.key for row in rows}

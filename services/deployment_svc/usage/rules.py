@@ -9,7 +9,6 @@ from typing import Any
 from clawplane.deployment.v1 import usage_event_pb2 as pb
 from services.deployment_svc.usage.models import KINDS, LATENCIES, LATENCY_MS, SUMS, USAGE_TYPE
 
-QUARTER = timedelta(minutes=15)
 PERIODS = ("hour", "day", "month")
 ALWAYS = (("organization", "hour"), ("organization", "month"))
 """Counters that each organization has; others exist where a quota asks for them."""

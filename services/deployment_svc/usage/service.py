@@ -5,8 +5,6 @@ import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime, timedelta
 
-import protovalidate
-
 from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2_grpc
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
 from services.deployment_svc.settings import DeploymentSettings
@@ -18,7 +16,6 @@ from services.kit.bulk import Bulk
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import Error, InvalidArgument, InvalidFields
-from services.kit.intake import violation
 from services.kit.proto import to_proto
 
 _RULES = Bulk(usage_event_pb2.UsageEvent)
@@ -45,14 +42,16 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
             async with call.read() as session:
                 stored = await repository.find(session, row.id, row.month)
             assert stored is not None
+            if not _may_see(stored, call):
+                return rpc.RecordUsageResponse(duplicate=True)
         return rpc.RecordUsageResponse(event=to_proto(stored, usage_event_pb2.UsageEvent), duplicate=not is_new)
 
     async def BatchRecordUsage(self, request: rpc.BatchRecordUsageRequest, call: Call) -> rpc.BatchRecordUsageResponse:
         response = rpc.BatchRecordUsageResponse()
         events = list(request.events)
         who, at, seen = await _reporter(events, call), now(), set[repository.Key]()
-        with self.ledger.room.taken(len(events)):
-            commits: list[asyncio.Task[set[repository.Key]]] = []
+        commits: list[asyncio.Task[set[repository.Key]]] = []
+        with self.ledger.room.taken(len(events), commits):
             for start in range(0, len(events), CHUNK):
                 rows = self._rows(events[start : start + CHUNK], start, who, at, seen, response)
                 commits.append(asyncio.create_task(self.ledger.store(rows, self.ledger.book)))
@@ -60,7 +59,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
                 await asyncio.wait(commits[-2:-1] or commits, timeout=None if len(commits) > 1 else 0)
             # Each to its end, also when one fails: what was stored then is a duplicate when the caller sends it again.
             await asyncio.wait(commits)
-            response.accepted = sum(len(commit.result()) for commit in commits)
+        response.accepted = sum(len(commit.result()) for commit in commits)
         response.rejected = len(response.errors)
         response.duplicates = len(events) - response.rejected - response.accepted
         return response
@@ -73,8 +72,8 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         all_sound, book, rows = _RULES.sound(events), self.ledger.book, []
         for index, event in enumerate(events, start):
             try:
-                if not all_sound and (found := protovalidate.collect_violations(event)):
-                    raise InvalidFields([violation(item) for item in found])
+                if not all_sound and (found := _RULES.wrong(event)):
+                    raise InvalidFields(found)
                 row = row_of(event, who, at, self.window, book)
             except Error as error:
                 field, text = error.violations[0] if error.violations else ("", error.message)
@@ -113,6 +112,16 @@ async def _reporter(events: Sequence[usage_event_pb2.UsageEvent], call: Call) ->
             own = frozenset(await repository.own_deployments(session, named))
     return Reporter(
         call.org_id, caller.user_id or None, api_key_of(call), caller.deployment_id or None, own, caller.may("usage.state_cost")
+    )
+
+
+def _may_see(stored: UsageEvent, call: Call) -> bool:
+    """Whether the caller may be told of an event whose id he sends: it may be another's of the organization."""
+    caller, own_key = call.caller, api_key_of(call)
+    return (
+        caller.may("usage.read")
+        or (bool(caller.deployment_id) and stored.deployment_id == caller.deployment_id)
+        or (own_key is not None and stored.api_key_id == own_key)
     )
 
 

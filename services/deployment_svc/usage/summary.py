@@ -48,13 +48,14 @@ async def summarize(request: rpc.SummarizeUsageRequest, call: Call, currency: st
         for one in spans:
             source, wanted = _source(kind, one, filters)
             found.append(await sources.added_up(session, source, one, dims, wanted))
-    if max(map(len, found)) > MOST_ROWS:
+    keys = {key for each in found for key in each}
+    if len(keys) > MOST_ROWS:
         raise InvalidArgument("group_by", f"makes more than {MOST_ROWS} rows: ask for less time or fewer groups, or filter")
 
     response = rpc.SummarizeUsageResponse(total=_message(_total(found[0], currency), currency=currency))
     if request.compare:
         response.total.previous.CopyFrom(_message(_total(found[1], currency), currency=currency))
-    for key in sorted({key for each in found for key in each}, key=_in_order(groups)):
+    for key in sorted(keys, key=_in_order(groups)):
         row = _row(key, found[0].get(key, _NOTHING), dims, span)
         if request.compare:
             # A group that was used only then stands here with nothing, so that what was before adds up as well.

@@ -77,8 +77,6 @@ def array(values: Iterable[str]) -> str:
 
 NAMES = ", ".join(WORDS)
 """The columns of an event, in the order of a row."""
-WRITERS = [write for _, write in WORDS.values()]
-"""What makes the text of each column."""
 _NULLABLE = {column.name for column in inspect(UsageEvent).columns if column.nullable}
 _FROM_MICROS = "TIMESTAMPTZ 'epoch' + {}::bigint * INTERVAL '1 microsecond'"
 

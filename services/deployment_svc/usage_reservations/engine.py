@@ -7,11 +7,12 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from clawplane.user.v1.entitlement_service_pb2 import Entitlements
+from services.deployment_svc.prices.book import PriceBook
 from services.deployment_svc.quotas.rules import Who, entitled
 from services.deployment_svc.usage.ledger import Ledger
 from services.deployment_svc.usage_reservations import repository
 from services.deployment_svc.usage_reservations.repository import Row
-from services.deployment_svc.usage_reservations.rules import Settled, Used, Wish, most_cost
+from services.deployment_svc.usage_reservations.rules import Settled, Used, Wish
 from services.kit import ids
 from services.kit.call import Call
 from services.kit.coalesce import Batcher
@@ -41,11 +42,9 @@ class Reservations:
         self, who: Who, provider: str, model: str, tokens_in: int, tokens_out: int, lifetime_s: float, *, settles_itself: bool = False
     ) -> Wish:
         """What is to be granted."""
-        book = self.ledger.book
-        cost = most_cost(book, provider, model, tokens_in, tokens_out, now())
+        paid_for = entitled(await self.entitlements(who.org_id))
         return Wish(
-            ids.new("call"), who, provider, model, tokens_in, tokens_out, cost, book.currency, timedelta(seconds=lifetime_s),
-            settles_itself, entitled(await self.entitlements(who.org_id)),
+            ids.new("call"), who, provider, model, tokens_in, tokens_out, timedelta(seconds=lifetime_s), settles_itself, paid_for
         )  # fmt: skip
 
     async def grant(self, wish: Wish, call: Call) -> Row:
@@ -53,18 +52,17 @@ class Reservations:
         if call.claim is None:
             return await self._grant(wish)
 
-        async def work(session: AsyncSession) -> Row:
-            (answer,) = await repository.grant(session, [wish])
+        async def work(session: AsyncSession, book: PriceBook) -> Row:
+            (answer,) = await repository.grant(session, [wish], book)
             if isinstance(answer, Error):
                 raise answer
             call.audit(wish.id)
             return answer
 
-        row: Row = await call.run(work)
-        return row
+        return await self.ledger.run(work, call.run)
 
     async def _grant_many(self, wishes: list[Wish]) -> list[Row | Error]:
-        return await self.db.run(lambda session: repository.grant(session, wishes), ALL)
+        return await self.ledger.run(lambda session, book: repository.grant(session, wishes, book))
 
     async def settle(self, used: Used) -> Settled:
         """Settles one reservation, in a commit with others."""

@@ -12,36 +12,48 @@ from typing import Any
 from sqlalchemy import delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from clawplane.errors.v1.errors_pb2 import ErrorReason
 from services.deployment_svc.prices.book import PriceBook
-from services.deployment_svc.prices.repository import RULES
+from services.deployment_svc.prices.repository import RULES, version_of
 from services.deployment_svc.quotas import repository as quotas
 from services.deployment_svc.quotas.rules import holding, refusal
 from services.deployment_svc.usage import repository as usage
 from services.deployment_svc.usage.models import UsageEvent
 from services.deployment_svc.usage_reservations import postgres
 from services.deployment_svc.usage_reservations.models import UsageReservation
-from services.deployment_svc.usage_reservations.rules import Settled, Used, Wish, abandoned, event_of, row_of, settled
+from services.deployment_svc.usage_reservations.rules import Settled, Used, Wish, abandoned, event_of, most_cost, row_of, settled
 from services.kit.columns import now
 from services.kit.db import is_postgres, together
-from services.kit.errors import Error, InvalidState, NotFound
+from services.kit.errors import Error, InvalidArgument, InvalidState, NotFound
 
 Row = dict[str, Any]
 WHAT = "usage reservation"
 
 
-async def grant(session: AsyncSession, wishes: Sequence[Wish]) -> list[Row | Error]:
-    """Holds what the limits cover, in the order given: for each wish the reservation, or why not."""
+async def grant(session: AsyncSession, wishes: Sequence[Wish], book: PriceBook) -> list[Row | Error]:
+    """Holds what the limits cover, in the order given: for each wish the reservation, or why not. StaleBook when the prices have changed:
+    what is held must cover the event, which is priced at the time of the grant."""
+    await together(session, RULES)
     if is_postgres(session):
         await postgres.lock(session, sorted({wish.who.org_id for wish in wishes}), alone=True)
+    if await version_of(session, book.currency) != book.version:
+        raise usage.StaleBook
     found = await quotas.standings(session, [wish.who for wish in wishes])
     answers: list[Row | Error] = []
     for wish in wishes:
         who, tokens = wish.who, wish.tokens_in + wish.tokens_out
+        try:
+            cost = most_cost(book, wish.provider, wish.model, wish.tokens_in, wish.tokens_out, found.at)
+            if cost is None and wish.settles_itself:
+                raise InvalidArgument("model", "has no price yet, so it cannot be called", ErrorReason.ERROR_REASON_NO_PRICE)
+        except InvalidArgument as error:
+            answers.append(error)
+            continue
         limits = holding(wish.paid_for, found.quotas.get(who.org_id, ()), who)
-        refused = refusal(limits, found, who, tokens, wish.cost, wish.currency)
+        refused = refusal(limits, found, who, tokens, cost, book.currency)
         if refused is None:
-            found.hold(who, tokens, wish.cost or Decimal(0))
-        answers.append(refused or row_of(wish, found.at))
+            found.hold(who, tokens, cost or Decimal(0))
+        answers.append(refused or row_of(wish, cost, book.currency, found.at))
     granted = [row for row in answers if not isinstance(row, Error)]
     if granted:
         await insert_all(session, granted)
@@ -57,6 +69,9 @@ async def settle(session: AsyncSession, used: Sequence[Used], book: PriceBook) -
     """Turns reservations into usage events, each once: what became of each; NotFound, or InvalidState for another's to settle.
 
     What was used beyond what was held, or too late, is written down in full, and its reservation stays to be seen."""
+    if len({(one.id, one.org_id, one.deployment_id) for one in used}) > len({one.id for one in used}):
+        # Whoever names another's id must neither get nor cost him his answer.
+        return [answer for one in used for answer in await settle(session, [one], book)]
     # Before any row of ours, as whoever writes usage does.
     await together(session, RULES)
     orgs = sorted({one.org_id for one in used if one.org_id})

@@ -27,9 +27,6 @@ class Wish:
     model: str
     tokens_in: int
     tokens_out: int
-    cost: Decimal | None
-    """At most; None without a price."""
-    currency: str
     lifetime: timedelta
     settles_itself: bool
     paid_for: tuple[Limit, ...]
@@ -96,13 +93,13 @@ def _most(line: Line, tokens_in: int, tokens_out: int) -> Decimal:
     return line.cost(tokens_in, tokens_out, cached, reasoning)
 
 
-def row_of(wish: Wish, at: datetime) -> dict[str, Any]:
-    """A reservation that is granted now."""
+def row_of(wish: Wish, cost: Decimal | None, currency: str, at: datetime) -> dict[str, Any]:
+    """A reservation that is granted now; ``cost`` is what it costs at most."""
     who = wish.who
     return {
         "id": wish.id, "org_id": who.org_id, "user_id": who.user_id or None, "api_key_id": who.api_key_id or None,
         "deployment_id": who.deployment_id or None, "provider": wish.provider, "model": wish.model, "tokens_in": wish.tokens_in,
-        "tokens_out": wish.tokens_out, "cost_held": wish.cost or Decimal(0), "currency": wish.currency,
+        "tokens_out": wish.tokens_out, "cost_held": cost or Decimal(0), "currency": currency,
         "settles_itself": wish.settles_itself, "settled": False, "released": False, "settled_late": False, "tokens_overrun": 0,
         "cost_overrun": Decimal(0), "expires_at": at + wish.lifetime, "created_at": at, "updated_at": at,
     }  # fmt: skip

@@ -22,7 +22,7 @@ _DEVELOPER = _VIEWER | {
 }  # fmt: skip
 _ADMIN = _DEVELOPER | {
     "organizations.update", "members.update", "members.remove", "invitations.create", "invitations.list", "invitations.revoke",
-    "api_keys.admin", "audit.list",
+    "api_keys.admin", "audit.list", "usage.state_cost",
 }  # fmt: skip
 _OWNER = _ADMIN | {"members.admin", "organizations.delete", "organizations.transfer"}
 

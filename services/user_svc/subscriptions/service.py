@@ -56,7 +56,7 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
             response.Clear()
             taken = await take_in(
                 session, WebhookEvent, source=request.provider, external_id=request.external_id, type=request.type, status="applied",
-                occurred_at=to_datetime(request.occurred_at), payload=MessageToDict(request),
+                occurred_at=to_datetime(request.occurred_at, "occurred_at"), payload=MessageToDict(request),
             )  # fmt: skip
             if taken is None:
                 response.duplicate = True
@@ -84,7 +84,7 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
             user, _ = holder
             if _is_older(user.polar_event_at, event):
                 return user.id, "older than what was applied before"
-            user.polar_customer_id, user.polar_event_at = None, to_datetime(event.occurred_at)
+            user.polar_customer_id, user.polar_event_at = None, to_datetime(event.occurred_at, "occurred_at")
             return user.id, "unlinked"
         row = await users.lock(session, event.user_id) if event.user_id else None
         if row is None:
@@ -98,7 +98,7 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
         outcome = "linked" if user.polar_customer_id is None else "linked before"
         if user.polar_customer_id not in (None, event.customer_id):
             outcome = f"linked anew; was {user.polar_customer_id}"
-        user.polar_customer_id, user.polar_event_at = event.customer_id, to_datetime(event.occurred_at)
+        user.polar_customer_id, user.polar_event_at = event.customer_id, to_datetime(event.occurred_at, "occurred_at")
         await session.flush()
         # Subscriptions that were told of before their customer.
         adopted = await session.execute(
@@ -120,7 +120,7 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
         known = await session.scalar(
             select(Subscription).where(Subscription.provider == event.provider, Subscription.external_id == event.subscription_id)
         )
-        at = to_datetime(event.occurred_at)
+        at = to_datetime(event.occurred_at, "occurred_at")
         if known is not None and not is_newer(known, at, event.status):
             return found[0].id if found else "", "older than what was applied before"
         if known is None:
@@ -129,7 +129,8 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
         known.customer_id, known.product_id, known.status, known.changed_at = event.customer_id, event.product_id, event.status, at
         known.tier = self.settings.polar_tiers.get(event.product_id, "")
         known.cancel_at_period_end = event.cancel_at_period_end
-        known.current_period_end = to_datetime(event.current_period_end) if event.HasField("current_period_end") else None
+        ends = event.HasField("current_period_end")
+        known.current_period_end = to_datetime(event.current_period_end, "current_period_end") if ends else None
         if found is not None:
             known.org_id = known.org_id or found[1].id
         await session.flush()
@@ -154,4 +155,4 @@ class SubscriptionService(subscription_service_pb2_grpc.SubscriptionServiceServi
 
 
 def _is_older(known: datetime | None, event: rpc.ApplyCustomerEventRequest) -> bool:
-    return known is not None and to_datetime(event.occurred_at) < known
+    return known is not None and to_datetime(event.occurred_at, "occurred_at") < known

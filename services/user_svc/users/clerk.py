@@ -20,7 +20,7 @@ async def forget(session: AsyncSession, request: SyncClerkUserRequest, call: Cal
     insert = insert_for(session)
     await session.execute(
         insert(IdentityTombstone)
-        .values(provider=PROVIDER, subject=request.clerk_user_id, occurred_at=to_datetime(request.occurred_at))
+        .values(provider=PROVIDER, subject=request.clerk_user_id, occurred_at=to_datetime(request.occurred_at, "occurred_at"))
         .on_conflict_do_nothing()
     )
     known = await repository.find(session, with_deleted=True, clerk_user_id=request.clerk_user_id)
@@ -38,7 +38,7 @@ async def is_gone(session: AsyncSession, clerk_user_id: str) -> bool:
 async def update(session: AsyncSession, row: repository.UserRow, request: SyncClerkUserRequest) -> str:
     """Applies a newer event to a known user, and says what happened."""
     user, organization = row
-    at = to_datetime(request.occurred_at)
+    at = to_datetime(request.occurred_at, "occurred_at")
     if user.clerk_event_at is not None and at <= user.clerk_event_at:
         return "older than what was applied before"
     user.clerk_event_at = at

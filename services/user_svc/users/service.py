@@ -201,7 +201,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             response.Clear()
             taken = await take_in(
                 session, WebhookEvent, source="clerk", external_id=request.external_id, status="applied",
-                type="user.deleted" if request.deleted else "user.updated", occurred_at=to_datetime(request.occurred_at),
+                type="user.deleted" if request.deleted else "user.updated", occurred_at=to_datetime(request.occurred_at, "occurred_at"),
                 payload=MessageToDict(request),
             )  # fmt: skip
             if taken is None:
@@ -230,7 +230,7 @@ class UserService(user_service_pb2_grpc.UserServiceServicer):
             return "", "ignored: no e-mail address, and no user of this identity"
         wish, identity = clerk.wish_of(request)
         user, _ = await self.ensure(session, call, wish, request.email_verified, identity)
-        user.clerk_event_at = to_datetime(request.occurred_at)
+        user.clerk_event_at = to_datetime(request.occurred_at, "occurred_at")
         return user.id, "linked or made"
 
     async def retry_username(self, call: Call, work: Callable[[AsyncSession], Awaitable[T]], named: bool, tenant: str = "") -> T:
