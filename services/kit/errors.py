@@ -176,6 +176,8 @@ class Internal(Error):
 
 _BUSY = {"57014", "53300", "57P01", "57P02", "57P03"}
 """PostgreSQL: a statement took too long, too many connections, stopping, starting."""
+_GONE = "08"
+"""The class of errors of a connection that has ended; one that ends within a statement is not seen by SQLAlchemy as such."""
 
 
 def from_exception(error: BaseException) -> Error:
@@ -188,7 +190,7 @@ def from_exception(error: BaseException) -> Error:
         return Conflict("the resource was changed by someone else; read it again and repeat", retry_after_s=0.1)
     if isinstance(error, sa.TimeoutError):
         return Unavailable("the database is busy", retry_after_s=1)
-    if isinstance(error, sa.DBAPIError) and (error.connection_invalidated or _sqlstate(error) in _BUSY):
+    if isinstance(error, sa.DBAPIError) and (error.connection_invalidated or _sqlstate(error) in _BUSY or _sqlstate(error)[:2] == _GONE):
         return Unavailable("the database does not answer", retry_after_s=1)
     if isinstance(error, (ConnectionError, TimeoutError)):
         return Unavailable("a system that this call needs does not answer", retry_after_s=1)

@@ -7,6 +7,8 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from services.deployment_svc.prices.repository import RULES
+
 Row = dict[str, Any]
 _KINDS = {
     "org_id": "uuid", "id": "uuid", "user_id": "uuid", "api_key_id": "text", "deployment_id": "uuid", "provider": "text", "model": "text",
@@ -16,10 +18,11 @@ _KINDS = {
 }  # fmt: skip
 _PREFIXES = {"org_id": "org", "id": "call", "user_id": "usr", "deployment_id": "dep"}
 _NAMES = ", ".join(_KINDS)
-# In the order given, until the commit.
+# As kit.db.together, and in the order given, until the commit.
+_RULES = f"pg_advisory_xact_lock_shared(hashtextextended('{RULES}', 0))"
 _ALONE, _TOGETHER = (
-    text(f"SELECT pg_advisory_xact_lock{shared}(hashtextextended('credit of ' || org, 0)) FROM unnest(CAST(:orgs AS text[])) AS org")  # noqa: S608
-    for shared in ("", "_shared")
+    text(f"SELECT {locks}(hashtextextended('credit of ' || org, 0)) FROM unnest(CAST(:orgs AS text[])) AS org")  # noqa: S608
+    for locks in (f"{_RULES}, pg_advisory_xact_lock", "pg_advisory_xact_lock_shared")
 )
 _INSERT = text(
     f"INSERT INTO usage_reservations ({_NAMES}) SELECT {', '.join(f'{name}::{kind}' for name, kind in _KINDS.items())} "  # noqa: S608
@@ -49,7 +52,8 @@ def _hex(identifier: str) -> str:
 
 
 async def lock(session: AsyncSession, org_ids: Sequence[str], *, alone: bool) -> None:
-    """Until the transaction ends, nobody else is granted anything in these organizations; if not ``alone``, others may lock them so too."""
+    """Until the transaction ends, nobody else is granted anything in these organizations; if not ``alone``, others may lock them so too.
+    ``alone`` also keeps the rules of the ledger as they are."""
     await session.execute(_ALONE if alone else _TOGETHER, {"orgs": list(map(_hex, org_ids))})
 
 

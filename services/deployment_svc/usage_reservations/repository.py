@@ -33,7 +33,6 @@ WHAT = "usage reservation"
 async def grant(session: AsyncSession, wishes: Sequence[Wish], book: PriceBook) -> list[Row | Error]:
     """Holds what the limits cover, in the order given: for each wish the reservation, or why not. StaleBook when the prices have changed:
     what is held must cover the event, which is priced at the time of the grant."""
-    await together(session, RULES)
     if is_postgres(session):
         await postgres.lock(session, sorted({wish.who.org_id for wish in wishes}), alone=True)
     if await version_of(session, book.currency) != book.version:
