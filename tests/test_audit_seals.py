@@ -243,9 +243,9 @@ async def test_a_sealer_that_dies_leaves_nothing_half_sealed(trial: Trial, monke
     assert [row.seal_number for row in await trial.rows()] == list(range(1, ROWS + 5)) and await trial.problems() == []
 
 
+@pytest.mark.parametrize("databases", ["postgres"], indirect=True)
 async def test_writers_do_not_wait_for_the_sealer_nor_it_for_them(trial: Trial) -> None:
-    if trial.db.is_sqlite:
-        pytest.skip("SQLite has one writer at a time, whatever it writes")
+    """SQLite has one writer at a time, whatever it writes."""
     await trial.write(3)
     async with trial.db.transaction(ALL) as sealing, trial.db.transaction(ALL) as writing:
         # Each has written and holds what it locks; neither has committed. A lock would end in an error after a second.

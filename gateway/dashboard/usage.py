@@ -71,10 +71,11 @@ async def page(visit: Visit) -> Response:
     query = Query.of(given)
     visit.problems = dict(query.problems)
     choosing = bool(query.filters or query.problems.keys() & DIMS.keys() or visit.query.get("filters"))
+    named = choosing or query.by in _NAMED
     (bars, sums), limits, noticed, names = await visit.calls(
-        _sums(visit, query), quotas.checked(visit), quotas.noticed(visit), _names(visit, wanted=choosing or query.by in _NAMED)
+        _sums(visit, query), quotas.checked(visit), quotas.noticed(visit), _names(visit, wanted=named)
     )
-    if not choosing and any(one.subject for one in noticed):
+    if not named and any(one.subject for one in noticed):
         names = await _names(visit, wanted=True)
     total, currency = (sums.total, sums.total.currency) if sums else (None, "")
     heads, series = _series(bars.sums, query, names) if bars else ([], [])

@@ -43,7 +43,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
                 stored = await repository.find(session, row.id, row.month)
             assert stored is not None
             if not _may_see(stored, call):
-                return rpc.RecordUsageResponse(duplicate=True)
+                return rpc.RecordUsageResponse(duplicate=not is_new)
         return rpc.RecordUsageResponse(event=to_proto(stored, usage_event_pb2.UsageEvent), duplicate=not is_new)
 
     async def BatchRecordUsage(self, request: rpc.BatchRecordUsageRequest, call: Call) -> rpc.BatchRecordUsageResponse:
