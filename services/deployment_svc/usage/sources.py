@@ -1,5 +1,6 @@
 """What summaries are made from: a kind of roll-up, or the events themselves. The database adds up; both give the same sums."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -7,7 +8,7 @@ from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, DateTime, Integer, Select, and_, case, cast, column, func, literal, select, values
+from sqlalchemy import BigInteger, ColumnElement, DateTime, Integer, Select, and_, case, cast, func, literal, select, type_coerce
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -111,10 +112,14 @@ def _by_period(session: AsyncSession, statement: Select[Any], when: Column, star
         thresholds = cast(literal(list(starts), ARRAY(UtcDateTime())), ARRAY(DateTime(timezone=True)))
         period = (func.width_bucket(when, thresholds, type_=Integer) - 1).label("period")
         return statement.add_columns(period), period
-    rows = list(zip(starts, (*starts[1:], _FOREVER), range(len(starts)), strict=True))
-    each = values(column("starts_at", UtcDateTime()), column("ends_at", UtcDateTime()), column("number", Integer)).data(rows).cte("periods")
-    statement = statement.where(when >= each.c.starts_at, when < each.c.ends_at).add_columns(each.c.number)
-    return statement, each.c.number
+    # As one text: a statement with a parameter for each period would have to be made anew for every number of them.
+    write = UtcDateTime().dialect_impl(session.get_bind().dialect).bind_processor(session.get_bind().dialect)
+    assert write is not None
+    given = json.dumps([(write(start), write(end)) for start, end in zip(starts, (*starts[1:], _FOREVER), strict=True)])
+    each = func.json_each(given).table_valued("key", "value", name="periods")
+    starts_at, ends_at = (func.json_extract(each.c.value, place) for place in ("$[0]", "$[1]"))
+    number = type_coerce(each.c.key, Integer)
+    return statement.where(when >= starts_at, when < ends_at).add_columns(number), number
 
 
 def _told(name: str, value: Any) -> Any:
