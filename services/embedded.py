@@ -224,7 +224,7 @@ async def serve_many(part: str, host: str, port: int, count: int) -> int:
 async def serve(part: str, host: str, port: int) -> None:
     """One service alone, as in production."""
     stop, stack = stop_event(), Stack()
-    base = KitSettings()
+    lifeline, base = workers.Lifeline(stop.set), KitSettings()
     if base.metrics_port:
         # Each worker counts for itself: their ports follow each other.
         prometheus_client.start_http_server(base.metrics_port + (workers.number() or 0), addr=host)
@@ -247,7 +247,7 @@ async def serve(part: str, host: str, port: int) -> None:
         from gateway.settings import GatewaySettings
 
         await stack.start_gateway(load_settings(GatewaySettings, http_host=host, http_port=port))
-    workers.report_ready(stop.set)
+    lifeline.ready()
     try:
         await stop.wait()
     finally:

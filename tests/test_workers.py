@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,27 @@ async def processes(databases: Databases, market: MarketSimulator, tmp_path: Pat
 
 def workers_of(process: "subprocess.Popen[bytes]") -> list[psutil.Process]:
     """The living workers of a supervisor."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if child.status() != psutil.STATUS_ZOMBIE and "services.cli" in child.cmdline()]
+
+    def lives(child: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return child.status() != psutil.STATUS_ZOMBIE and "services.cli" in child.cmdline()
+        return False
+
+    return list(filter(lives, psutil.Process(process.pid).children()))
+
+
+def serves(worker: psutil.Process) -> bool:
+    """Whether a worker has bound its port."""
+    with suppress(psutil.NoSuchProcess):
+        return any(one.status == psutil.CONN_LISTEN for one in worker.net_connections("tcp"))
+    return False
 
 
 async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
-    """Waits until all workers are others than the old ones."""
+    """Waits until all workers are others than the old ones, and serve."""
 
     async def check() -> bool:
-        now = {worker.pid for worker in workers_of(process)}
+        now = {worker.pid for worker in workers_of(process) if serves(worker)}
         return len(now) == WORKERS and not now & old
 
     await eventually(check, 40)
@@ -127,16 +140,7 @@ async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
     person = await processes.person()
     victim = workers_of(processes.running[1])[0]
     victim.kill()
-
-    async def replaced() -> bool:
-        try:
-            now = {worker.pid for worker in workers_of(processes.running[1])}
-        except psutil.NoSuchProcess:
-            # It went while it was looked at.
-            return False
-        return len(now) == WORKERS and victim.pid not in now
-
-    await eventually(replaced, 30)
+    await both_there(processes.running[1], {victim.pid})
     async with Client(processes) as client:
         assert (await client.order(person)).state == deployment_pb2.STATE_PENDING
 
@@ -147,6 +151,25 @@ async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
     processes.running[1].kill()
     processes.running[1].wait()
     gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 10)
+    assert len(gone) == WORKERS and not alive
+    processes.running[1] = processes.start(1)
+    await processes.ready()
+
+
+@on_a_server
+async def test_workers_that_start_end_with_their_supervisor_too(processes: Processes) -> None:
+    """Killed while a worker starts: it must not go on to serve with nobody to stop it."""
+    supervisor = processes.running[1]
+    await asyncio.to_thread(workers_of(supervisor)[0].kill)
+
+    async def starting() -> list[psutil.Process]:
+        now = workers_of(supervisor)
+        return now if len(now) == WORKERS and not all(map(serves, now)) else []
+
+    left = await eventually(starting, 20)
+    supervisor.kill()
+    supervisor.wait()
+    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 20)
     assert len(gone) == WORKERS and not alive
     processes.running[1] = processes.start(1)
     await processes.ready()

@@ -30,20 +30,31 @@ def count() -> int:
     return int(os.environ.get(_COUNT, "1"))
 
 
-def report_ready(stop: Callable[[], None]) -> None:
-    """Tells the supervisor that this worker serves. ``stop`` is called when the supervisor dies: nobody would stop us then."""
-    if number() is None:
-        return
-    descriptor = int(os.environ[_READY])
-    os.write(descriptor, b"1")
-    os.close(descriptor)
-    loop = asyncio.get_running_loop()
+class Lifeline:
+    """A worker's tie to its supervisor, held from before it starts to serve: nobody would stop it when the supervisor is gone."""
 
-    def at_end() -> None:
-        loop.remove_reader(sys.stdin.fileno())
-        stop()
+    def __init__(self, stop: Callable[[], None]) -> None:
+        """``stop`` ends a worker that serves; one that does not yet has nothing to bring to an end, and goes at once."""
+        self._stop, self._serves = stop, False
+        if number() is not None:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), self._at_end)
 
-    loop.add_reader(sys.stdin.fileno(), at_end)
+    def ready(self) -> None:
+        """Tells the supervisor that this worker serves."""
+        self._serves = True
+        if number() is None:
+            return
+        descriptor = int(os.environ[_READY])
+        # A supervisor that is gone hears nothing; the end of our input says the rest.
+        with suppress(BrokenPipeError):
+            os.write(descriptor, b"1")
+        os.close(descriptor)
+
+    def _at_end(self) -> None:
+        if not self._serves:
+            os._exit(1)
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        self._stop()
 
 
 class Supervisor:
