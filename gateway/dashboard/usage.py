@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -178,16 +178,16 @@ def told(names: Names, by: str, value: str) -> str:
 
 
 def _amount(one: rpc.UsageSum, show: str) -> Decimal:
-    return {"cost": Decimal(one.cost or "0"), "tokens": Decimal(one.tokens_total), "calls": Decimal(one.events)}[show]
+    return Decimal((one.cost or 0) if show == "cost" else one.tokens_total if show == "tokens" else one.events)
 
 
 def _series(sums: Sequence[rpc.UsageSum], query: Query, names: Names) -> tuple[list[str], list[list[Decimal]]]:
     """(groups, their values by bar), the greatest first."""
     axis = query.axis()
     by_value: dict[str, list[Decimal]] = {}
-    for one in sums:
+    for number, one in _places(axis, sums):
         bars = by_value.setdefault(_value(one, query.by), [Decimal(0)] * len(axis))
-        bars[_place(axis, one)] += _amount(one, query.show)
+        bars[number] += _amount(one, query.show)
     ranked = sorted(by_value, key=lambda value: (-sum(by_value[value]), value))
     own = ranked if len(ranked) <= COLOURS else ranked[: COLOURS - 1]
     heads, series = [told(names, query.by, value) for value in own], [by_value[value] for value in own]
@@ -197,9 +197,10 @@ def _series(sums: Sequence[rpc.UsageSum], query: Query, names: Names) -> tuple[l
     return heads, series
 
 
-def _place(axis: Sequence[datetime], one: rpc.UsageSum) -> int:
-    """The number of the bar that a sum belongs to."""
-    return max(0, bisect_right(axis, one.period_start.ToDatetime(UTC)) - 1)
+def _places(axis: Sequence[datetime], sums: Iterable[rpc.UsageSum]) -> Iterator[tuple[int, rpc.UsageSum]]:
+    """Each sum with the number of the bar that it belongs to."""
+    starts = [int(when.timestamp()) for when in axis]
+    return ((max(0, bisect_right(starts, one.period_start.seconds) - 1), one) for one in sums)
 
 
 def _chart(query: Query, heads: Sequence[str], series: Sequence[Sequence[Decimal]], currency: str) -> Any:
@@ -214,8 +215,8 @@ def _chart(query: Query, heads: Sequence[str], series: Sequence[Sequence[Decimal
 def _rows(bars: rpc.SummarizeUsageResponse, query: Query, series: Sequence[Sequence[Decimal]]) -> list[dict[str, object]]:
     """The table of the bars: a row for each that there is, the latest first."""
     axis, calls = query.axis(), Counter[int]()
-    for one in bars.sums:
-        calls[_place(axis, one)] += one.events
+    for number, one in _places(axis, bars.sums):
+        calls[number] += one.events
     rows: list[dict[str, object]] = []
     for number in sorted(calls, reverse=True):
         amounts = [values[number] for values in series]
