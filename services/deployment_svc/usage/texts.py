@@ -104,15 +104,18 @@ def encode(rows: Sequence[Row]) -> tuple[frozenset[str], list[str]]:
 @lru_cache(maxsize=_MOST_KINDS)
 def select(same: frozenset[str], first: int) -> str:
     """The SELECT of all columns from the texts of ``encode``, given as parameters from number ``first`` on."""
-    casts, given, names = [], [], []
+    casts, once, given, names = [], [], [], []
     for number, (name, (kind, _)) in enumerate(WORDS.items(), first):
         if name in same:
-            casts.append(_cast(f"${number}::text", name, kind))
+            once.append(_cast(f"${number}::text", name, kind))
+            casts.append(name)
         else:
             casts.append(_cast(name, name, kind))
             given.append(f"${number}::text::text[]")
             names.append(name)
-    return f"SELECT {', '.join(casts)} FROM unnest({', '.join(given)}) AS given({', '.join(names)})"  # noqa: S608 - our own names
+    # OFFSET keeps it apart: without it, what is the same would be cast for each row.
+    alike = f"(SELECT {', '.join(once)} OFFSET 0) AS alike, " if once else ""
+    return f"SELECT {', '.join(casts)} FROM {alike}unnest({', '.join(given)}) AS given({', '.join(names)})"  # noqa: S608 - our own names
 
 
 def _cast(given: str, name: str, kind: str) -> str:
