@@ -63,6 +63,7 @@ from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
 from services.user_svc.app import create_app as create_user
 from services.user_svc.settings import TIERS, Tier, UserSettings
+from tests.simulators.market import NO_TLS
 
 TELEGRAM = "123456789:" + "A" * 35
 Metadata = tuple[tuple[str, str], ...]
@@ -73,7 +74,7 @@ UNLIMITED: dict[str, Any] = {
 """Tests come from one address, and more often than people."""
 
 FAST: dict[str, Any] = UNLIMITED | {
-    "poll_s": 0.1, "watch_s": 0.3, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
+    "poll_s": 0.1, "watch_s": 1, "backoff_s": 0.1, "backoff_max_s": 0.5, "lease_s": 2, "step_timeout_s": 2,
     "bid_timeout_s": 1, "ready_timeout_s": 3, "fail_after_s": 0.5, "payment_check_s": 300,
     # Tests share the market: what one of them does to a provider must not count in the next.
     "blacklist_failures": 1_000_000, "score_window_s": 0.001,
@@ -183,7 +184,7 @@ class Stack:
         self.reservations = usage_reservation_service_pb2_grpc.UsageReservationServiceStub(self.channel)
         self.sandbox = sandbox_service_pb2_grpc.SandboxServiceStub(self.channel)
         self.operator: Metadata = (("authorization", f"Bearer {self.keys['operator_token']}"),)
-        self.http = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=20)
+        self.http = httpx.AsyncClient(base_url=self.url, trust_env=False, timeout=20, verify=NO_TLS)
 
     def signer(self, issuer: str = "cli") -> TokenSigner:
         """Signs tokens as one of the stack's processes."""

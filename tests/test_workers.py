@@ -150,7 +150,7 @@ async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
     left = workers_of(processes.running[1])
     processes.running[1].kill()
     processes.running[1].wait()
-    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 10)
+    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 20)
     assert len(gone) == WORKERS and not alive
     processes.running[1] = processes.start(1)
     await processes.ready()
