@@ -96,14 +96,14 @@ def serves(worker: psutil.Process) -> bool:
     return False
 
 
-async def both_there(process: "subprocess.Popen[bytes]", old: set[int]) -> None:
+async def both_there(process: "subprocess.Popen[bytes]", old: set[int], within_s: float = 40) -> None:
     """Waits until all workers are others than the old ones, and serve."""
 
     async def check() -> bool:
         now = {worker.pid for worker in workers_of(process) if serves(worker)}
         return len(now) == WORKERS and not now & old
 
-    await eventually(check, 40)
+    await eventually(check, within_s)
 
 
 @on_a_server
@@ -140,7 +140,7 @@ async def test_a_crashed_worker_is_started_again(processes: Processes) -> None:
     person = await processes.person()
     victim = workers_of(processes.running[1])[0]
     victim.kill()
-    await both_there(processes.running[1], {victim.pid})
+    await both_there(processes.running[1], {victim.pid}, 30)
     async with Client(processes) as client:
         assert (await client.order(person)).state == deployment_pb2.STATE_PENDING
 
@@ -150,7 +150,7 @@ async def test_workers_end_with_their_supervisor(processes: Processes) -> None:
     left = workers_of(processes.running[1])
     processes.running[1].kill()
     processes.running[1].wait()
-    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 20)
+    gone, alive = await asyncio.to_thread(psutil.wait_procs, left, 10)
     assert len(gone) == WORKERS and not alive
     processes.running[1] = processes.start(1)
     await processes.ready()

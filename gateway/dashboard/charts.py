@@ -36,9 +36,9 @@ class _Frame(NamedTuple):
 def stacked_bars(axis: Sequence[Bar], series: Series, label: str, unit: str) -> Markup:
     """Bars, one colour a series. ``label`` says it to those who do not see it; the numbers stand in a table beside it."""
     stacks = list(zip(*(values for _, values in series), strict=True))
-    above = tuple(float(sum(value for value in stack if value > 0)) for stack in stacks)
-    below = tuple(float(sum(value for value in stack if value < 0)) for stack in stacks)
-    frame = _frame(tuple(short for short, _ in axis), max(above), min(below))
+    highest = max(float(sum(value for value in stack if value > 0)) for stack in stacks)
+    lowest = min(float(sum(value for value in stack if value < 0)) for stack in stacks)
+    frame = _frame(tuple(short for short, _ in axis), highest, lowest)
     head = Markup('<svg xmlns="{}" class="chart" role="img" aria-label="{}" viewBox="{}">').format(_SVG, label, frame.box)
     # Drawn from our own numbers; names were escaped as they were put in.
     return Markup("".join([head, frame.before, *_bars(frame.view, axis, series, unit), frame.after]))  # noqa: S704

@@ -222,6 +222,11 @@ async def together(session: AsyncSession, what: str) -> None:
         await session.execute(select(func.pg_advisory_xact_lock_shared(func.hashtextextended(what, 0))))
 
 
+def together_sql(what: str) -> str:
+    """The lock of ``together`` as an expression, for statements of PostgreSQL that are written out. ``what`` is one of our own names."""
+    return f"pg_advisory_xact_lock_shared(hashtextextended('{what}', 0))"
+
+
 async def alone_now(session: AsyncSession, what: str) -> bool:
     """As ``alone``, without waiting: False when another process is past this point."""
     if not is_postgres(session):

@@ -23,7 +23,7 @@ from services.deployment_svc.usage.models import KINDS, LATENCIES, LATENCY_MS, S
 from services.deployment_svc.usage.rows import Row
 from services.deployment_svc.usage.rules import ALWAYS, COUNTED_BY
 from services.kit.columns import Identifier
-from services.kit.db import Database
+from services.kit.db import Database, together_sql
 
 Keys = set[tuple[str, str, date]]
 _BY_KEY = itemgetter(0, 1, 2)
@@ -113,8 +113,7 @@ SELECT (SELECT fresh FROM book),
 """  # noqa: S608 - only our own names are put in
 
 
-_FIRST = f"SELECT pg_advisory_xact_lock_shared(hashtextextended('{RULES}', 0))"
-"""As ``kit.db.together``."""
+_FIRST = f"SELECT {together_sql(RULES)}"
 
 
 async def commit(db: Database, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:

@@ -113,7 +113,8 @@ def _by_period(session: AsyncSession, statement: Select[Any], when: Column, star
         period = (func.width_bucket(when, thresholds, type_=Integer) - 1).label("period")
         return statement.add_columns(period), period
     # As one text: a statement with a parameter for each period would have to be made anew for every number of them.
-    write = UtcDateTime().dialect_impl(session.get_bind().dialect).bind_processor(session.get_bind().dialect)
+    dialect = session.get_bind().dialect
+    write = UtcDateTime().dialect_impl(dialect).bind_processor(dialect)
     assert write is not None
     given = json.dumps([(write(start), write(end)) for start, end in zip(starts, (*starts[1:], _FOREVER), strict=True)])
     each = func.json_each(given).table_valued("key", "value", name="periods")

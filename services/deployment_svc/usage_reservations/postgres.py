@@ -8,6 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.deployment_svc.prices.repository import RULES
+from services.kit.db import together_sql
 
 Row = dict[str, Any]
 _KINDS = {
@@ -18,11 +19,10 @@ _KINDS = {
 }  # fmt: skip
 _PREFIXES = {"org_id": "org", "id": "call", "user_id": "usr", "deployment_id": "dep"}
 _NAMES = ", ".join(_KINDS)
-# As kit.db.together, and in the order given, until the commit.
-_RULES = f"pg_advisory_xact_lock_shared(hashtextextended('{RULES}', 0))"
+# In the order given, until the commit.
 _ALONE, _TOGETHER = (
     text(f"SELECT {locks}(hashtextextended('credit of ' || org, 0)) FROM unnest(CAST(:orgs AS text[])) AS org")  # noqa: S608
-    for locks in (f"{_RULES}, pg_advisory_xact_lock", "pg_advisory_xact_lock_shared")
+    for locks in (f"{together_sql(RULES)}, pg_advisory_xact_lock", "pg_advisory_xact_lock_shared")
 )
 _INSERT = text(
     f"INSERT INTO usage_reservations ({_NAMES}) SELECT {', '.join(f'{name}::{kind}' for name, kind in _KINDS.items())} "  # noqa: S608
