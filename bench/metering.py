@@ -20,7 +20,7 @@ from clawplane.deployment.v1 import usage_event_pb2 as pb
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
 from services.deployment_svc.prices.book import PriceBook
 from services.deployment_svc.usage import texts
-from services.deployment_svc.usage.rows import Reporter, Window, row_of
+from services.deployment_svc.usage.rows import Reporter, Window, read, row_of
 from services.kit import ids
 from services.kit.columns import now
 
@@ -96,9 +96,9 @@ def _send(rig: "Rig", token: str, callers: int, batches: int) -> tuple[int, floa
 
 def _copy(rig: "Rig", batches: int) -> tuple[int, float]:
     """The same rows into the same table, by one ``\\copy``."""
-    at, window, book = now(), Window(timedelta(days=35), timedelta(minutes=5)), PriceBook("usd")
+    window, book = Window(now(), timedelta(days=35), timedelta(minutes=5)), PriceBook("usd")
     who = Reporter(ids.new("org"), ids.new("usr"), None, None)
-    rows = [row_of(event, who, at, window, book) for event in _events(_BATCH * batches)]
+    rows = [row_of(event, read(event), who, window, book) for event in _events(_BATCH * batches)]
     # The database's own \copy takes times as it prints them.
     writers = [str if kind in ("micros", "timestamptz") else write for kind, write in texts.WORDS.values()]
     columns = [map(word, column) for word, column in zip(writers, zip(*rows, strict=True), strict=True)]

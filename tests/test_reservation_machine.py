@@ -33,7 +33,7 @@ from services.deployment_svc.quotas.models import PERIOD, SCOPE, UNIT, Quota
 from services.deployment_svc.quotas.rules import Limit, Who, entitled, holding
 from services.deployment_svc.usage.ledger import Ledger
 from services.deployment_svc.usage.models import UsageCounter
-from services.deployment_svc.usage.rows import make
+from services.deployment_svc.usage.rows import make, read
 from services.deployment_svc.usage.rules import period_of
 from services.deployment_svc.usage_reservations import repository
 from services.deployment_svc.usage_reservations.engine import Reservations
@@ -272,7 +272,7 @@ class Machine(RuleBasedStateMachine):
         who, at = self.who(number), now()
         event = usage_event_pb2.UsageEvent(provider=PROVIDER, model=MODEL, tokens_in=tokens, type=usage_event_pb2.USAGE_TYPE_CHAT)
         identity = (who.org_id, who.user_id, who.api_key_id or None, who.deployment_id or None)
-        row = make(event, identity, str(ids.uuid7()), at, at, self.world.ledger.book)
+        row = make(read(event), identity, str(ids.uuid7()), at, at, self.world.ledger.book)
         assert self.world.run(self.world.ledger.record(row, self.world.ledger.book))
         self.used.append((who, at, tokens, self.price(tokens, 0)))
 

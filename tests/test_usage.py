@@ -12,9 +12,10 @@ import sqlalchemy as sa
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
+from services.deployment_svc.usage import postgres
 from services.deployment_svc.usage.models import UsageCounter, UsageRollup
 from services.kit import ids
-from services.kit.db import Database
+from services.kit.db import ALL, Database
 from services.kit.settings import KitSettings
 from tests.harness import Metadata, Person, Stack
 from tests.test_auth import bearer
@@ -58,6 +59,39 @@ async def test_counted_once_however_often_it_is_sent(stack: Stack, person: Perso
     assert (await record(stack, person.metadata, event(id=uuid.UUID(one.id).hex.upper()))).duplicate
     found = await total(stack, person.metadata)
     assert (found.total.events, found.total.tokens_total) == (1, 1100)
+
+
+async def test_a_known_event_costs_those_beside_it_nothing(stack: Stack, person: Person) -> None:
+    """Written as if all were new, a batch begins again where one is not: all others are stored, once, and the connection is kept."""
+    for known in (event(), event(), event()):
+        await record(stack, person.metadata, known)
+        # As if nothing had been sent again for long.
+        postgres._asks_until = 0.0
+        fresh = [event() for _ in range(9)]
+        backends = await _backends(stack)
+        calls = [rpc.BatchRecordUsageRequest(events=[*fresh[:4], known, *fresh[4:]]), rpc.BatchRecordUsageRequest(events=[known])]
+        answers = [await stack.usage.BatchRecordUsage(call, metadata=person.metadata) for call in calls]
+        assert [(a.accepted, a.duplicates, a.rejected) for a in answers] == [(9, 1, 0), (0, 1, 0)]
+        assert backends <= await _backends(stack)
+    found = await total(stack, person.metadata)
+    assert (found.total.events, found.total.tokens_total) == (30, 33_000)
+
+
+async def _backends(stack: Stack) -> set[int]:
+    """Who serves the connections of the deployment service; nobody on SQLite."""
+    async with ledger(stack) as db:
+        if db.is_sqlite:
+            return set()
+        ours = "datname = current_database() AND application_name LIKE 'clawplane-%' AND application_name <> 'clawplane-test'"
+        async with db.transaction(ALL) as session:
+            return set(await session.scalars(sa.text(f"SELECT pid FROM pg_stat_activity WHERE {ours}")))
+
+
+async def test_whether_tokens_are_estimated_is_not_the_callers_to_say(stack: Stack, person: Person) -> None:
+    one = event(estimated=True)
+    assert not (await record(stack, person.metadata, one)).event.estimated
+    (listed,) = (await stack.usage.ListUsage(rpc.ListUsageRequest(), metadata=person.metadata)).events
+    assert not listed.estimated
 
 
 async def test_the_same_id_of_two_organizations_is_two_events(stack: Stack, person: Person) -> None:

@@ -25,15 +25,22 @@ class Bulk:
     ``sound`` is true only if protovalidate would find nothing, and no text with a rule holds U+0000; when it is false, ``wrong`` says what
     there is in each."""
 
-    def __init__(self, kind: type[Message]) -> None:
-        """ValueError for a kind with rules that this does not know: those are protovalidate's to check."""
+    def __init__(self, kind: type[Message], fields: Sequence[str]) -> None:
+        """``fields``: what ``read`` reads, all that have rules among it. ValueError for a kind with rules that this does not know: those
+        are protovalidate's to check."""
         if kind.DESCRIPTOR.GetOptions().HasExtension(validate_pb2.message):
             raise ValueError(f"{kind.DESCRIPTOR.full_name} has rules over the whole message")
-        self._checks = [(attrgetter(field.name), _check(field)) for field in _ruled(kind.DESCRIPTOR)]
+        ruled = list(_ruled(kind.DESCRIPTOR))
+        if unread := {field.name for field in ruled} - set(fields):
+            raise ValueError(f"{kind.DESCRIPTOR.full_name} has rules for fields that are not read: {sorted(unread)}")
+        self._checks = [(fields.index(field.name), _check(field)) for field in ruled]
+        self.read: Callable[[Message], tuple[Any, ...]] = attrgetter(*fields)
+        """The values of a message's fields. To read each by itself is half of what it costs to check it."""
 
-    def sound(self, messages: Sequence[Any]) -> bool:
-        """Whether no message breaks a rule."""
-        return all(check(list(map(get, messages))) for get, check in self._checks)
+    def sound(self, values: Sequence[tuple[Any, ...]]) -> bool:
+        """Whether no message breaks a rule, by what ``read`` says of each."""
+        columns = list(zip(*values, strict=True))
+        return not columns or all(check(columns[index]) for index, check in self._checks)
 
     @staticmethod
     def wrong(message: Message) -> list[Violation]:

@@ -9,7 +9,8 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 _PLACES = Decimal("0.000001")
 _UNITS = 10**6
-MOST_COST = 1_000_000
+_UNIT = Decimal("1E-12")
+MOST_COST = Decimal(1_000_000)
 """No single event costs more; what would is a mistake in its tokens, and SQLite's integers could not hold many such."""
 
 
@@ -32,7 +33,7 @@ class Line:
         """Of so many tokens; ``tokens_cached`` are among ``tokens_in``, ``tokens_reasoning`` among ``tokens_out``."""
         units = (tokens_in - tokens_cached) * self.tokens_in + tokens_cached * self.tokens_cached
         units += (tokens_out - tokens_reasoning) * self.tokens_out + tokens_reasoning * self.tokens_reasoning
-        return Decimal(units).scaleb(-12)
+        return units * _UNIT
 
     @property
     def closeness(self) -> tuple[bool, int, int, str]:
@@ -69,7 +70,8 @@ class PriceBook:
 
     def find(self, provider: str, model: str, tokens_in: int, when: datetime) -> Line | None:
         """The price of a call of that many tokens in at a time; None when there is none."""
-        for line in self._for(provider, model):
+        lines = self._known.get((provider, model))
+        for line in lines if lines is not None else self._learn(provider, model):
             if (
                 (tokens_in > line.above_tokens_in or not line.above_tokens_in)
                 and line.effective_from <= when
@@ -78,12 +80,10 @@ class PriceBook:
                 return line
         return None
 
-    def _for(self, provider: str, model: str) -> tuple[Line, ...]:
-        known = self._known.get((provider, model))
-        if known is None:
-            known = tuple(line for line in self.lines if line.provider == provider and _fits(line.model, model))
-            # Callers name models as they like: what is remembered of them is bounded.
-            if len(self._known) > 10_000:
-                self._known.clear()
-            self._known[(provider, model)] = known
+    def _learn(self, provider: str, model: str) -> tuple[Line, ...]:
+        known = tuple(line for line in self.lines if line.provider == provider and _fits(line.model, model))
+        # Callers name models as they like: what is remembered of them is bounded.
+        if len(self._known) > 10_000:
+            self._known.clear()
+        self._known[(provider, model)] = known
         return known

@@ -3,8 +3,12 @@
 It writes the events in the order of their keys, only then the roll-ups in the order of theirs, and then the counters (which ask for the
 roll-ups, since the database runs parts that nobody asks for from the last to the first), so two of them cannot wait for each other in a
 circle, nor one for whoever prices anew.
+
+Nearly all events are new. To ask for each whether it is (ON CONFLICT) costs the database a third of all its work on a batch, so a
+transaction of its own is tried without; when one of its events is known, it begins again and asks.
 """
 
+import time
 from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
@@ -27,6 +31,9 @@ from services.kit.db import Database, together_sql
 
 Keys = set[tuple[str, str, date]]
 _BY_KEY = itemgetter(0, 1, 2)
+_ASKING_S = 5.0
+_asks_until = 0.0
+"""Until when this process asks at once: events that were sent again come in numbers, and a try that fails leaves dead rows behind."""
 _PREFIXES = {"user_id": "usr", "deployment_id": "dep", "agent_id": "agnt", "project_id": "prj"}
 
 
@@ -78,15 +85,16 @@ _SUBJECT = f"CASE scope {' '.join(f'WHEN {scope!r} THEN {place}' for scope, plac
 
 
 @lru_cache(maxsize=32)
-def _statement(same: frozenset[str]) -> str:
-    """Parameters: currency, version of the book, how many rows, and the columns."""
+def _statement(same: frozenset[str], *, asks: bool) -> str:
+    """Parameters: currency, version of the book, how many rows, and the columns. ``asks``: whether events that are known are left out;
+    otherwise they are an error."""
     return f"""
 WITH book AS (
     SELECT coalesce((SELECT version FROM price_book_versions WHERE currency = $1), 0) = $2 AS fresh
 ), stored AS (
     INSERT INTO usage_events ({texts.NAMES})
     SELECT * FROM ({texts.select(same, 4)}) AS given WHERE (SELECT fresh FROM book)
-    ON CONFLICT DO NOTHING
+    {"ON CONFLICT DO NOTHING" if asks else ""}
     RETURNING {_COUNTED}
 ), {_SUMS}, rolled AS (
     INSERT INTO usage_rollups AS r ({_KEY}, {", ".join(SUMS)}, created_at, updated_at)
@@ -120,8 +128,15 @@ async def commit(db: Database, rows: Sequence[Row], book: PriceBook) -> tuple[bo
     """As ``store``, in a transaction of its own: beside SQLAlchemy, whose session costs more than a few events."""
 
     async def once() -> tuple[bool, Keys]:
+        global _asks_until
         async with db.raw(_FIRST) as connection:
-            return await _write(connection, rows, book)
+            if time.monotonic() >= _asks_until:
+                try:
+                    return await _write(connection, rows, book, asks=False)
+                except asyncpg.UniqueViolationError:
+                    _asks_until = time.monotonic() + _ASKING_S
+                    await connection.execute(f"ROLLBACK; BEGIN; {_FIRST}")
+            return await _write(connection, rows, book, asks=True)
 
     return await db.again(once)
 
@@ -131,18 +146,18 @@ async def store(session: AsyncSession, rows: Sequence[Row], book: PriceBook) -> 
     transaction."""
     raw = await (await session.connection()).get_raw_connection()
     try:
-        return await _write(raw.driver_connection, rows, book)
+        return await _write(raw.driver_connection, rows, book, asks=True)
     except asyncpg.PostgresError as error:
         # What SQLAlchemy would have made of it, so that a unit of work that clashed is repeated.
         raise DBAPIError("INSERT INTO usage_events", None, error) from error
 
 
-async def _write(connection: Any, rows: Sequence[Row], book: PriceBook) -> tuple[bool, Keys]:
+async def _write(connection: Any, rows: Sequence[Row], book: PriceBook, *, asks: bool) -> tuple[bool, Keys]:
     # Sorted here: for the database, a sort of such wide rows is dear. A SELECT from arrays gives them in their order.
     same, given = texts.encode(sorted(rows, key=_BY_KEY))
-    fresh, new = await connection.fetchrow(_statement(same), book.currency, book.version, len(rows), *given)
+    fresh, new = await connection.fetchrow(_statement(same, asks=asks), book.currency, book.version, len(rows), *given)
     if new is None:
-        return fresh, {row.key for row in rows}
+        return fresh, set(map(_BY_KEY, rows))
     return fresh, {(f"org_{org_id.hex}", event_id, month) for org_id, event_id, month in new}
 
 

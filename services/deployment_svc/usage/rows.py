@@ -2,9 +2,12 @@
 
 import re
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
@@ -61,7 +64,7 @@ class Row(NamedTuple):
     @property
     def key(self) -> tuple[str, str, date]:
         """What makes it this event."""
-        return self.org_id, self.id, self.month
+        return self[0], self[1], self[2]
 
     def priced(self, book: PriceBook) -> "Row":
         """The same at the prices of a book."""
@@ -85,38 +88,60 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Window:
-    """When events may have happened."""
+    """When events may have happened that are reported at a time."""
 
+    at: datetime
     late: timedelta
     ahead: timedelta
 
+    @cached_property
+    def first(self) -> datetime:
+        """The earliest."""
+        return self.at - self.late
 
-def row_of(event: pb.UsageEvent, who: Reporter, at: datetime, window: Window, book: PriceBook) -> Row:
-    """The row of an event that somebody reports; InvalidArgument naming the field otherwise. Its field rules are checked before."""
-    identity, when = occurred(event, at, window)
-    named = event.deployment_id
+    @cached_property
+    def last(self) -> datetime:
+        """The latest."""
+        return self.at + self.ahead
+
+
+SAID = (
+    "id", "deployment_id", "stated_cost", "agent_id", "thread_id", "project_id", "provider", "model", "type", "tokens_in", "tokens_out",
+    "tokens_cached", "tokens_reasoning", "latency_ms", "status", "operation_id", "attempt", "metadata",
+)  # fmt: skip
+"""What of an event is its reporter's to say, but for when it happened."""
+read: Callable[[pb.UsageEvent], tuple[Any, ...]] = attrgetter(*SAID)
+"""The values of SAID."""
+
+
+def row_of(event: pb.UsageEvent, said: tuple[Any, ...], who: Reporter, window: Window, book: PriceBook) -> Row:
+    """The row of an event that somebody reports; InvalidArgument naming the field otherwise. ``said``: what ``read`` says of it. Its field
+    rules are checked before."""
+    identity, when = occurred(event, window)
+    _, named, stated, *_ = said
     if named and not who.deployment_id and named not in who.own:
         raise InvalidArgument("deployment_id", "is none of the organization's deployments")
-    stated = event.stated_cost
     if stated and not who.may_state_cost:
         raise InvalidArgument("stated_cost", "needs the permission usage.state_cost; leave it out: the cost is computed here")
     return make(
-        event, (who.org_id, who.user_id, who.api_key_id, who.deployment_id or named or None), identity, when, at, book,
+        said, (who.org_id, who.user_id, who.api_key_id, who.deployment_id or named or None), identity, when, window.at, book,
         Decimal(stated) if stated else None,
     )  # fmt: skip
 
 
 def make(
-    event: pb.UsageEvent, who: tuple[str, str | None, str | None, str | None], identity: str, when: datetime, at: datetime, book: PriceBook,
-    stated: Decimal | None = None,
+    said: tuple[Any, ...], who: tuple[str, str | None, str | None, str | None], identity: str, when: datetime, at: datetime,
+    book: PriceBook, stated: Decimal | None = None, *, estimated: bool = False,
 ) -> Row:  # fmt: skip
     """The row of an event whose identity and time are settled. ``who``: organization, user, API key, deployment."""
-    tokens_in, tokens_out, cached, reasoning = event.tokens_in, event.tokens_out, event.tokens_cached, event.tokens_reasoning
+    (
+        _, _, _, agent_id, thread_id, project_id, provider, model, kind, tokens_in, tokens_out, cached, reasoning, latency_ms, status,
+        operation_id, attempt, metadata,
+    ) = said  # fmt: skip
     if cached > tokens_in:
         raise InvalidArgument("tokens_cached", "is more than tokens_in, of which it is a part")
     if reasoning > tokens_out:
         raise InvalidArgument("tokens_reasoning", "is more than tokens_out, of which it is a part")
-    provider, model = event.provider, event.model
     line = book.find(provider, model, tokens_in, when)
     cost = line.cost(tokens_in, tokens_out, cached, reasoning) if line is not None else None
     if cost is not None and cost > MOST_COST:
@@ -124,10 +149,10 @@ def make(
     org_id, user_id, key_id, deployment_id = who
     # Not Row(...): with a parameter for each of so many columns, that call alone took a third of all that is done here.
     return Row._make((
-        org_id, identity, month_of(when), when, user_id, key_id, deployment_id, event.agent_id or None, event.thread_id or None,
-        event.project_id or None, provider, model, event.type or _CHAT, tokens_in, tokens_out, cached, reasoning, tokens_in + tokens_out,
-        cost, stated, line.id if line is not None else None, book.currency, event.latency_ms, event.status or _OK, event.operation_id,
-        event.attempt, event.estimated, "", "", dict(event.metadata) if event.metadata else {}, at,
+        org_id, identity, _month(when.year, when.month), when, user_id, key_id, deployment_id, agent_id or None, thread_id or None,
+        project_id or None, provider, model, kind or _CHAT, tokens_in, tokens_out, cached, reasoning, tokens_in + tokens_out,
+        cost, stated, line.id if line is not None else None, book.currency, latency_ms, status or _OK, operation_id, attempt, estimated,
+        "", "", dict(metadata) if metadata else {}, at,
     ))  # fmt: skip
 
 
@@ -139,13 +164,13 @@ def price(book: PriceBook, row: Any) -> tuple[Decimal | None, str | None]:
     return line.cost(row.tokens_in, row.tokens_out, row.tokens_cached, row.tokens_reasoning), line.id
 
 
-def occurred(event: pb.UsageEvent, at: datetime, window: Window) -> tuple[str, datetime]:
+def occurred(event: pb.UsageEvent, window: Window) -> tuple[str, datetime]:
     """(identity, when it happened) of an event of a caller's own making. Its month is part of its identity, so the time in a UUID of
     version 7 decides the month."""
     identity = event.id
-    if identity.startswith(MODEL_CALL):
-        raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written for reservations alone")
     inside, spelled = _time_in_id(identity)
+    if inside is None and identity.startswith(MODEL_CALL):
+        raise InvalidArgument("id", f"must not start with {MODEL_CALL}: such events are written for reservations alone")
     given = to_datetime(event.occurred_at, "occurred_at") if event.HasField("occurred_at") else None
     if given is None and inside is None:
         raise InvalidArgument("occurred_at", "is needed, since the id is no UUID of version 7 and carries no time")
@@ -156,9 +181,9 @@ def occurred(event: pb.UsageEvent, at: datetime, window: Window) -> tuple[str, d
             raise InvalidArgument("occurred_at", "lies in another month than the time in the id")
     when = given or inside
     assert when is not None
-    if when < at - window.late:
+    if when < window.first:
         raise InvalidArgument("occurred_at", f"is more than {window.late.days} days ago")
-    if when > at + window.ahead:
+    if when > window.last:
         raise InvalidArgument("occurred_at", f"is more than {int(window.ahead.total_seconds())} seconds ahead of time")
     return spelled, when
 
@@ -170,10 +195,10 @@ def spelling(event_id: str) -> str:
 
 def _time_in_id(text: str) -> tuple[datetime | None, str]:
     """The time in a UUID of version 7, and its one spelling, so that another spelling is no second event; (None, as it is) otherwise."""
-    if len(text) not in _UUID_LENGTHS:
-        return None, text
     if _SPELLED.fullmatch(text):
         return datetime.fromtimestamp(int(text[:8] + text[9:13], 16) / 1000, UTC), text
+    if len(text) not in _UUID_LENGTHS:
+        return None, text
     try:
         found = uuid.UUID(text)
         inside = uuid7_time(found)
@@ -184,4 +209,9 @@ def _time_in_id(text: str) -> tuple[datetime | None, str]:
 
 def month_of(when: datetime) -> date:
     """The first day of the month, UTC."""
-    return date(when.year, when.month, 1)
+    return _month(when.year, when.month)
+
+
+@lru_cache(maxsize=1000)
+def _month(year: int, month: int) -> date:
+    return date(year, month, 1)

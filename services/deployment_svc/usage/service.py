@@ -3,7 +3,9 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
+from itertools import count
+from operator import attrgetter
 
 from clawplane.deployment.v1 import usage_event_pb2, usage_service_pb2_grpc
 from clawplane.deployment.v1 import usage_service_pb2 as rpc
@@ -11,15 +13,15 @@ from services.deployment_svc.settings import DeploymentSettings
 from services.deployment_svc.usage import adjust, reading, recost, repository, summary
 from services.deployment_svc.usage.ledger import CHUNK, Ledger
 from services.deployment_svc.usage.models import UsageEvent
-from services.deployment_svc.usage.rows import Reporter, Row, Window, row_of
+from services.deployment_svc.usage.rows import SAID, Reporter, Row, Window, read, row_of
 from services.kit.bulk import Bulk
 from services.kit.call import Call
 from services.kit.columns import now
 from services.kit.errors import Error, InvalidArgument, InvalidFields
 from services.kit.proto import to_proto
 
-_RULES = Bulk(usage_event_pb2.UsageEvent)
-_DEPLOYMENT = re.compile("dep_[0-9a-f]{32}")
+_RULES = Bulk(usage_event_pb2.UsageEvent, SAID)
+_DEPLOYMENT, _NAMED = re.compile("dep_[0-9a-f]{32}"), attrgetter("deployment_id")
 
 
 class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
@@ -27,12 +29,15 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
 
     def __init__(self, ledger: Ledger, settings: DeploymentSettings) -> None:
         self.ledger, self.settings = ledger, settings
-        self.window = Window(timedelta(days=settings.usage_late_days), timedelta(seconds=settings.usage_ahead_s))
+        self._late, self._ahead = timedelta(days=settings.usage_late_days), timedelta(seconds=settings.usage_ahead_s)
+
+    def _window(self) -> Window:
+        return Window(now(), self._late, self._ahead)
 
     async def RecordUsage(self, request: rpc.RecordUsageRequest, call: Call) -> rpc.RecordUsageResponse:
         who, book = await _reporter([request.event], call), self.ledger.book
         try:
-            row = row_of(request.event, who, now(), self.window, book)
+            row = row_of(request.event, read(request.event), who, self._window(), book)
         except InvalidArgument as error:
             raise InvalidFields([(f"event.{field}", text) for field, text in error.violations]) from None
         stored: Row | UsageEvent | None = row
@@ -49,11 +54,11 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
     async def BatchRecordUsage(self, request: rpc.BatchRecordUsageRequest, call: Call) -> rpc.BatchRecordUsageResponse:
         response = rpc.BatchRecordUsageResponse()
         events = list(request.events)
-        who, at, seen = await _reporter(events, call), now(), set[repository.Key]()
+        who, window, seen = await _reporter(events, call), self._window(), set[repository.Key]()
         commits: list[asyncio.Task[set[repository.Key]]] = []
         with self.ledger.room.taken(len(events), commits):
             for start in range(0, len(events), CHUNK):
-                rows = self._rows(events[start : start + CHUNK], start, who, at, seen, response)
+                rows = self._rows(events[start : start + CHUNK], start, who, window, seen, response)
                 commits.append(asyncio.create_task(self.ledger.store(rows, self.ledger.book)))
                 # The next rows are made while the database works on these; two chunks at a time are enough for that.
                 await asyncio.wait(commits[-2:-1] or commits, timeout=None if len(commits) > 1 else 0)
@@ -65,16 +70,17 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         return response
 
     def _rows(
-        self, events: Sequence[usage_event_pb2.UsageEvent], start: int, who: Reporter, at: datetime, seen: set[repository.Key],
+        self, events: Sequence[usage_event_pb2.UsageEvent], start: int, who: Reporter, window: Window, seen: set[repository.Key],
         response: rpc.BatchRecordUsageResponse,
     ) -> list[Row]:  # fmt: skip
         """The rows of those events of a chunk that may be stored and were not among those before; the errors of the others."""
-        all_sound, book, rows = _RULES.sound(events), self.ledger.book, []
-        for index, event in enumerate(events, start):
+        values, book, rows = list(map(_RULES.read, events)), self.ledger.book, []
+        all_sound = _RULES.sound(values)
+        for index, event, said in zip(count(start), events, values, strict=False):
             try:
                 if not all_sound and (found := _RULES.wrong(event)):
                     raise InvalidFields(found)
-                row = row_of(event, who, at, self.window, book)
+                row = row_of(event, said, who, window, book)
             except Error as error:
                 field, text = error.violations[0] if error.violations else ("", error.message)
                 response.errors.add(index=index, id=event.id, field=field, message=text)
@@ -106,7 +112,7 @@ async def _reporter(events: Sequence[usage_event_pb2.UsageEvent], call: Call) ->
     """Who reports. A bot's own deployment needs no look-up."""
     caller = call.caller
     own: frozenset[str] = frozenset()
-    named = set() if caller.deployment_id else set(filter(_DEPLOYMENT.fullmatch, {event.deployment_id for event in events}))
+    named = set() if caller.deployment_id else set(filter(_DEPLOYMENT.fullmatch, set(map(_NAMED, events))))
     if named:
         async with call.read() as session:
             own = frozenset(await repository.own_deployments(session, named))

@@ -54,11 +54,11 @@ WORDS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "org_id": ("uuid", _uuid), "id": ("text", _same), "month": ("date", _few), "occurred_at": ("micros", _micros),
     "user_id": ("uuid", _uuid), "api_key_id": ("text", _same), "deployment_id": ("uuid", _uuid), "agent_id": ("uuid", _uuid),
     "thread_id": ("uuid", _uuid), "project_id": ("uuid", _uuid), "provider": ("text", _same), "model": ("text", _same),
-    "type": ("text", USAGE_TYPE.words.__getitem__), "tokens_in": ("bigint", _plain), "tokens_out": ("bigint", _plain),
-    "tokens_cached": ("bigint", _plain), "tokens_reasoning": ("bigint", _plain), "tokens_total": ("bigint", _plain),
+    "type": ("text", USAGE_TYPE.words.__getitem__), "tokens_in": ("bigint", str), "tokens_out": ("bigint", str),
+    "tokens_cached": ("bigint", str), "tokens_reasoning": ("bigint", str), "tokens_total": ("bigint", str),
     "cost": ("numeric", _plain), "stated_cost": ("numeric", _plain), "price_id": ("uuid", _uuid), "currency": ("text", _same),
-    "latency_ms": ("bigint", _plain), "status": ("text", USAGE_STATUS.words.__getitem__), "operation_id": ("text", _same),
-    "attempt": ("integer", _plain), "estimated": ("boolean", _plain), "adjusts": ("text", _same), "reason": ("text", _same),
+    "latency_ms": ("bigint", str), "status": ("text", USAGE_STATUS.words.__getitem__), "operation_id": ("text", _same),
+    "attempt": ("integer", str), "estimated": ("boolean", str), "adjusts": ("text", _same), "reason": ("text", _same),
     "metadata": ("json", _json), "created_at": ("timestamptz", _few),
 }  # fmt: skip
 """Column -> its type in the database, and how a value of a row is written as text. In the order of a row."""

@@ -10,7 +10,7 @@ from clawplane.deployment.v1 import usage_event_pb2 as pb
 from services.deployment_svc.prices.book import MOST_COST, Line, PriceBook
 from services.deployment_svc.quotas.rules import Limit, Who
 from services.deployment_svc.usage.rows import Row as Event
-from services.deployment_svc.usage.rows import make
+from services.deployment_svc.usage.rows import make, read
 from services.kit.errors import InvalidArgument
 
 Row = Mapping[str, Any]
@@ -115,10 +115,10 @@ def event_of(row: Row, used: Used, at: datetime, book: PriceBook) -> Event:
     event = pb.UsageEvent(
         id=row["id"], provider=row["provider"], model=row["model"], type=pb.USAGE_TYPE_CHAT, tokens_in=used.tokens_in,
         tokens_out=used.tokens_out, tokens_cached=used.tokens_cached, tokens_reasoning=used.tokens_reasoning, latency_ms=used.latency_ms,
-        status=used.status, estimated=used.estimated,
+        status=used.status,
     )  # fmt: skip
     who = (row["org_id"], row["user_id"], row["api_key_id"], row["deployment_id"])
-    return make(event, who, row["id"], row["created_at"], at, book)
+    return make(read(event), who, row["id"], row["created_at"], at, book, estimated=used.estimated)
 
 
 def settled(row: Row, event: Event, at: datetime) -> Settled:
