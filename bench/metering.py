@@ -96,7 +96,7 @@ def _send(rig: "Rig", token: str, callers: int, batches: int) -> tuple[int, floa
 
 def _copy(rig: "Rig", batches: int) -> tuple[int, float]:
     """The same rows into the same table, by one ``\\copy``."""
-    window, book = Window(now(), timedelta(days=35), timedelta(minutes=5)), PriceBook("usd")
+    window, book = Window.around(now(), timedelta(days=35), timedelta(minutes=5)), PriceBook("usd")
     who = Reporter(ids.new("org"), ids.new("usr"), None, None)
     rows = [row_of(event, read(event), who, window, book) for event in _events(_BATCH * batches)]
     # The database's own \copy takes times as it prints them.

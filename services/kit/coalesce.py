@@ -27,25 +27,28 @@ class Room:
         self.most, self.what = most, what
         self.held = 0
 
-    @contextmanager
-    def taken(self, count: int, tasks: Sequence[asyncio.Task[Any]] = ()) -> Iterator[None]:
-        """Holds room for so many while the block runs, and after it until those of its tasks have ended that are still under way then.
-        Exhausted when there is no room. Somebody alone is always let in."""
+    def enter(self, count: int) -> None:
+        """Takes room for so many, until they ``leave``; Exhausted when there is none. Somebody alone is always let in."""
         if self.held and self.held + count > self.most:
             raise Exhausted(f"{self.held} {self.what} wait to be written, {self.most} may: send the same again", retry_after_s=0.5)
         self.held += count
 
-        def leave(_: object = None) -> None:
-            self.held -= count
+    def leave(self, count: int) -> None:
+        """Gives their room back."""
+        self.held -= count
 
+    @contextmanager
+    def taken(self, count: int, tasks: Sequence[asyncio.Task[Any]]) -> Iterator[None]:
+        """Holds room for so many while the block runs, and after it until those of its tasks have ended that are still under way then."""
+        self.enter(count)
         try:
             yield
         finally:
             left = [task for task in tasks if not task.done()]
             if left:
-                asyncio.gather(*left, return_exceptions=True).add_done_callback(leave)
+                asyncio.gather(*left, return_exceptions=True).add_done_callback(lambda _: self.leave(count))
             else:
-                leave()
+                self.leave(count)
 
 
 class Coalescer(Generic[T, R]):

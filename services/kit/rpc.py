@@ -240,8 +240,9 @@ def _report(meter: telemetry.Meter, plan: Plan, code: str, started: float, reque
     elapsed = time.perf_counter() - started
     meter.count(code, elapsed)
     # A read that went well says nothing that the metrics do not say.
-    if code == "OK" and plan.is_read and telemetry.level() > logging.DEBUG:
+    debugs = plan.is_read and code == "OK"
+    if telemetry.level() > (logging.DEBUG if debugs else logging.INFO):
         return
-    say = log.debug if plan.is_read and code == "OK" else log.info
+    say = log.debug if debugs else log.info
     subject, org = (caller.subject, caller.org_id) if caller is not None else ("", "")
     say("rpc", method=plan.method, code=code, ms=round(elapsed * 1000, 1), request_id=request_id, subject=subject, org=org)

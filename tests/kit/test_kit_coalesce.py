@@ -76,7 +76,7 @@ async def test_room_is_held_until_the_work_has_ended() -> None:
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(caller(), 0.02)
     assert room.held == 8
-    with pytest.raises(Exhausted), room.taken(3):
+    with pytest.raises(Exhausted), room.taken(3, ()):
         pass
     gate.set()
     await asyncio.sleep(0.01)

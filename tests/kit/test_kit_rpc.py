@@ -255,6 +255,7 @@ async def test_a_deadline_ends_the_work(echo: Echo) -> None:
 async def test_calls_are_logged_without_what_they_carry(echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
     told = structlog.testing.LogCapture()
     # The suite logs warnings only, so this one line is heard by a logger of its own.
+    monkeypatch.setattr(rpc.telemetry, "level", lambda: logging.INFO)
     monkeypatch.setattr(rpc, "log", structlog.wrap_logger(None, processors=[told], wrapper_class=structlog.make_filtering_bound_logger(logging.INFO)))
     await echo.call("Write", "PLANTED", (*echo.person(), named("logged")))
     await echo.call("Read", "PLANTED")

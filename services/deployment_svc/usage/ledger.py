@@ -56,8 +56,11 @@ class Ledger:
 
     async def record(self, row: Row, book: PriceBook) -> bool:
         """Stores one event, priced by a book, in a commit with others; whether it was new. Returns only after the commit."""
-        with self.room.taken(1):
+        self.room.enter(1)
+        try:
             return await self._one((row, book))
+        finally:
+            self.room.leave(1)
 
     async def store(self, rows: Sequence[Row], book: PriceBook) -> set[repository.Key]:
         """Stores events of which no two have the same key, in a commit of their own: the keys of the new ones. Up to CHUNK go well."""

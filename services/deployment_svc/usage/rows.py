@@ -3,10 +3,9 @@
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -72,8 +71,7 @@ class Row(NamedTuple):
         return self._replace(cost=cost, price_id=price_id)
 
 
-@dataclass(frozen=True)
-class Reporter:
+class Reporter(NamedTuple):
     """Who reports: what of an event never comes from the caller's words."""
 
     org_id: str
@@ -86,23 +84,19 @@ class Reporter:
     may_state_cost: bool = False
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """When events may have happened that are reported at a time."""
 
     at: datetime
     late: timedelta
     ahead: timedelta
+    first: datetime
+    last: datetime
 
-    @cached_property
-    def first(self) -> datetime:
-        """The earliest."""
-        return self.at - self.late
-
-    @cached_property
-    def last(self) -> datetime:
-        """The latest."""
-        return self.at + self.ahead
+    @classmethod
+    def around(cls, at: datetime, late: timedelta, ahead: timedelta) -> "Window":
+        """Events may be as late as that, and as much ahead of time."""
+        return cls(at, late, ahead, at - late, at + ahead)
 
 
 SAID = (

@@ -32,7 +32,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         self._late, self._ahead = timedelta(days=settings.usage_late_days), timedelta(seconds=settings.usage_ahead_s)
 
     def _window(self) -> Window:
-        return Window(now(), self._late, self._ahead)
+        return Window.around(now(), self._late, self._ahead)
 
     async def RecordUsage(self, request: rpc.RecordUsageRequest, call: Call) -> rpc.RecordUsageResponse:
         who, book = await _reporter([request.event], call), self.ledger.book
