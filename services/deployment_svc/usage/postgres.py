@@ -5,7 +5,7 @@ roll-ups, since the database runs parts that nobody asks for from the last to th
 circle, nor one for whoever prices anew.
 
 Nearly all events are new. To ask for each whether it is (ON CONFLICT) costs the database a third of all its work on a batch, so a
-transaction of its own is tried without; when one of its events is known, it begins again and asks.
+transaction of its own is tried without; when one of its events is known, or twice among them, it begins again and asks.
 """
 
 import time
