@@ -15,6 +15,7 @@ from services.kit.call import Kit
 from services.kit.columns import now
 from services.kit.db import ALL, Database, alone_now, insert_for
 from services.kit.loops import Loop
+from services.kit.rows import look
 
 log = structlog.get_logger()
 _BATCH = 500
@@ -47,10 +48,9 @@ class Sealer:
 
     async def tick(self) -> bool:
         """Seals a batch; True when there may be more."""
-        async with self._db.read(ALL) as session:
-            # Looked at before anything is locked: mostly there is nothing.
-            if not await session.scalar(select(exists().where(*self._waiting()))):
-                return False
+        # Looked at before anything is locked: mostly there is nothing.
+        if not await look(self._db, select(exists().where(*self._waiting()))):
+            return False
         async with self._db.transaction(ALL) as session:
             if not await alone_now(session, _LOCK):
                 return False

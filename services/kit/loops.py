@@ -9,12 +9,13 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import ColumnElement, or_, select, update
+from sqlalchemy import ColumnElement, exists, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.kit import telemetry
 from services.kit.columns import Leased, now
 from services.kit.db import ALL, Database
+from services.kit.rows import look
 
 log = structlog.get_logger()
 L = TypeVar("L", bound=Leased)
@@ -82,11 +83,14 @@ class Loop:
 async def claim(db: Database, model: type[L], *, limit: int, lease_s: float, where: Sequence[ColumnElement[bool]] = ()) -> list[L]:
     """Rows that are due and free, leased to this caller under a new token. Two workers never hold the same row."""
     token, at = secrets.token_hex(8), now()
-    free = or_(model.lease_until.is_(None), model.lease_until < at)
+    free = (model.due_at <= at, or_(model.lease_until.is_(None), model.lease_until < at), *where)
+    # Looked for first: to claim is to write, and mostly there is nothing.
+    if not await look(db, select(exists().where(*free))):
+        return []
     # In a CTE, since PostgreSQL may run a subquery of IN several times, and each time lock other rows.
     due: Any = (
         select(model.id)  # type: ignore[attr-defined]
-        .where(model.due_at <= at, free, *where)
+        .where(*free)
         .order_by(model.due_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

@@ -1,10 +1,10 @@
-"""Rows by key, many of them in one statement."""
+"""Reading of all tenants beside a session, which would cost several times the query: rows by key, and whether there is anything to do."""
 
 from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ARRAY, ColumnElement, Select, any_, bindparam
+from sqlalchemy import ARRAY, ColumnElement, Executable, Select, any_, bindparam
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services.kit.coalesce import Fetch
@@ -31,3 +31,9 @@ def by_key(db: Database, statement: Select[Any], key: InstrumentedAttribute[str]
         return {row[at]: kind._make(row) for row in rows}
 
     return fetch
+
+
+async def look(db: Database, statement: Executable, **parameters: Any) -> Any:
+    """One value, for loops that look again and again whether there is anything to do. Cheapest with a statement that is made once."""
+    async with db.reading.connect() as connection:
+        return await connection.scalar(statement, parameters)

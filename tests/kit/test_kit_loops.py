@@ -87,6 +87,18 @@ async def test_a_lease_that_ran_out_is_taken_over(db: Database) -> None:
     assert (seen.lease_token, seen.lease_until) == (second.lease_token, second.lease_until), "the first one renewed what is not his"
 
 
+async def test_a_tick_with_nothing_to_do_writes_nothing(db: Database) -> None:
+    tag = secrets.token_hex(8)
+    await due(db, 1, tag, seconds=60)
+    asked: list[str] = []
+    sa.event.listen(db.engine.sync_engine, "before_cursor_execute", lambda *said: asked.append(said[2]))
+    assert await claim(db, Note, limit=5, lease_s=60, where=[Note.hidden == tag]) == []
+    assert [one for one in asked if "EXISTS" in one] and not [one for one in asked if "UPDATE" in one]
+    await due(db, 1, tag)
+    assert len(await claim(db, Note, limit=5, lease_s=60, where=[Note.hidden == tag])) == 1
+    assert [one for one in asked if "UPDATE" in one]
+
+
 async def test_what_is_not_due_waits_and_the_longest_due_comes_first(db: Database) -> None:
     tag = secrets.token_hex(8)
     await due(db, 1, tag, seconds=60)

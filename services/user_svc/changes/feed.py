@@ -10,6 +10,7 @@ from services.kit.db import ALL, Database
 from services.kit.errors import OutOfRange
 from services.kit.feed import Follower
 from services.kit.proto import to_proto
+from services.kit.rows import look
 from services.user_svc.changes import repository
 from services.user_svc.changes.models import Change as Row
 
@@ -41,7 +42,8 @@ class Tail:
     async def _next(self) -> Sequence[Row]:
         await asyncio.sleep(self._looked + _POLL_S - time.monotonic())
         try:
-            rows = await self._read(self._seq)
+            # Mostly there is nothing new, and to be told so costs a fraction of reading.
+            rows = await self._read(self._seq) if await look(self.db, repository.IS_NEWER, seq=self._seq) else ()
         finally:
             self._looked = time.monotonic()
         if rows:

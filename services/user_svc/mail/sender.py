@@ -8,7 +8,7 @@ from email.utils import formatdate, make_msgid, parseaddr
 
 import aiosmtplib
 import structlog
-from sqlalchemy import exists, select, update
+from sqlalchemy import update
 
 from services.kit.columns import now
 from services.kit.db import ALL, Database
@@ -38,11 +38,7 @@ class Sender:
         """Sends a batch; True when there may be more."""
         if self.settings.mail_mode == "off":
             return False
-        waiting = (MailMessage.sent_at.is_(None), MailMessage.due_at <= now(), MailMessage.expires_at > now())
-        async with self.db.read(ALL) as session:
-            # Looked for before anything is claimed: a claim writes, and most ticks have nothing to do.
-            if not await session.scalar(select(exists().where(*waiting))):
-                return False
+        waiting = (MailMessage.sent_at.is_(None), MailMessage.expires_at > now())
         rows = await claim(self.db, MailMessage, limit=_BATCH, lease_s=_LEASE_S, where=waiting)
         await asyncio.gather(*(self._deliver(row) for row in rows))
         return len(rows) == _BATCH
