@@ -22,7 +22,7 @@ from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
 from services.kit.client import client_of
 from services.kit.intake import Intake
-from services.kit.table import Handler, Table
+from services.kit.table import Handler, Table, metadata_of
 
 log = structlog.get_logger()
 _DOTS_OF_TOKEN = 2
@@ -132,8 +132,7 @@ def _unary(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
 
     async def unary(raw: bytes, context: Any) -> Any:
         started = time.perf_counter()
-        # gRPC makes it anew at each asking.
-        metadata = dict(context.invocation_metadata() or ())
+        metadata = metadata_of(context)
         request_id = _request_id(metadata)
         kit.in_flight += 1
         kit.taken_in += 1
@@ -173,8 +172,7 @@ def _stream(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
         started = time.perf_counter()
-        # gRPC makes it anew at each asking.
-        metadata = dict(context.invocation_metadata() or ())
+        metadata = metadata_of(context)
         request_id = _request_id(metadata)
         failure: errors.Error | None = None
         caller: Caller | None = None

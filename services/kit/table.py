@@ -1,10 +1,19 @@
 """The methods of a server, by their full names."""
 
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_handed: ContextVar[Any] = ContextVar("metadata", default=None)
+
+
+def metadata_of(context: Any) -> "dict[str, str | bytes]":
+    """The metadata of the call that is being handled, as a dict. gRPC makes them anew at each asking, and has made them to find
+    the handler: in the same task, so what it handed over then is this call's."""
+    handed = _handed.get()
+    return dict((context.invocation_metadata() if handed is None else handed) or ())
 
 
 class Table(grpc.GenericRpcHandler):
@@ -28,6 +37,7 @@ class Table(grpc.GenericRpcHandler):
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> "Handler | None":
         """The handler of a call; None for a method that there is not."""
+        _handed.set(handler_call_details.invocation_metadata)
         return self._methods.get(handler_call_details.method)
 
     def serve(self, server: grpc.aio.Server, *, registered: bool) -> None:

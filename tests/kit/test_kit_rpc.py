@@ -132,6 +132,9 @@ async def test_request_ids_are_taken_made_and_given_back(echo: Echo) -> None:
 
     who = echo.person()
     assert await trailing(echo.call("Write", metadata=(*who, named("mine")))) == "mine"
+    many = [f"mine-{number}" for number in range(200)]
+    crossed = await asyncio.gather(*(trailing(echo.call("Write", metadata=(*who, named(one)))) for one in many))
+    assert crossed == many, "a call was given the metadata of another"
     made = {await trailing(echo.call("Write", metadata=(*who, named(bad)))) for bad in ("", "x" * 65, "a b")}
     assert len(made) == 3 and all(made) and "mine" not in made
     # A read has an id too, and tells it when there is something to look up.
