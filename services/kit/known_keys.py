@@ -32,6 +32,8 @@ class KnownKey:
     """When it ends by itself, seconds since 1970; infinite when it does not."""
     answer: Any = None
     """What is told of it, made once."""
+    permissions: frozenset[str] = frozenset()
+    """Those that are told of it: the caller's but for what every key may."""
 
 
 def parse(text: str) -> keys.Key | None:

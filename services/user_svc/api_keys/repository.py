@@ -161,7 +161,7 @@ def _known(row: Any) -> KnownKey:
         "claw" if row.deployment_id else "key", row.id, permissions | OF_EVERY_KEY, row.org_id, row.user_id, row.email,
         row.deployment_id or "", row.id, rate=row.rate,
     )  # fmt: skip
-    return KnownKey(caller, holds, ends.timestamp() if ends is not None else math.inf, answer)
+    return KnownKey(caller, holds, ends.timestamp() if ends is not None else math.inf, answer, permissions)
 
 
 def concerned(change: Change) -> list[str]:

@@ -22,11 +22,12 @@ class Verifier:
 
     async def __call__(self, request: rpc.VerifyApiKeyRequest) -> rpc.VerifyApiKeyResponse:
         """The answer; it is shared, so nobody may change it."""
-        if request.uncounted:
+        text, uncounted = request.key, request.uncounted
+        if uncounted:
             # Who remembers the answer may have heard of a change before this process has, and would keep what was true before it.
-            found = await self.find(request.key)
+            found = await self.find(text)
         else:
-            found = self.known.peek(request.key) or await self.known(request.key)
+            found = self.known.peek(text) or await self.known(text)
         if found is None:
             return _NOT_FOUND
         if not found.holds:
@@ -34,15 +35,17 @@ class Verifier:
         if found.ends_at <= time.time():
             return _but(found, outcome=rpc.API_KEY_OUTCOME_EXPIRED)
         answer: rpc.VerifyApiKeyResponse = found.answer
-        if request.permissions and (missing := set(request.permissions).difference(answer.permissions)):
-            return _but(found, outcome=rpc.API_KEY_OUTCOME_INSUFFICIENT_PERMISSIONS, missing_permissions=sorted(missing))
-        if request.uncounted:
+        if not found.permissions.issuperset(request.permissions):
+            missing = sorted(set(request.permissions) - found.permissions)
+            return _but(found, outcome=rpc.API_KEY_OUTCOME_INSUFFICIENT_PERMISSIONS, missing_permissions=missing)
+        if uncounted:
             return answer
-        if answer.rate and (wait_s := await self.hit(f"key:{answer.key_id}", answer.rate)):
+        caller = found.caller
+        if caller.rate and (wait_s := await self.hit(f"key:{caller.key_id}", caller.rate)):
             limited = _but(found, outcome=rpc.API_KEY_OUTCOME_RATE_LIMITED)
             limited.retry_after.FromMilliseconds(max(1, int(wait_s * 1000)))
             return limited
-        self.uses.note(found.caller.key_id)
+        self.uses.note(caller.key_id)
         return answer
 
 
