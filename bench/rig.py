@@ -6,11 +6,12 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +75,45 @@ class Scenario:
 
 @dataclass
 class Figures:
-    """What one round of one scenario gave."""
+    """What one turn of a scenario gave, or several of them together."""
 
-    per_s: float
-    server_us: float
-    """CPU of the answering process for one call, in microseconds."""
-    p50_ms: float
-    p99_ms: float
-    first_ms: float = 0
-    """Median time to the first piece of a stream."""
+    calls: int = 0
+    elapsed_s: float = 0
+    server_s: float = 0
+    """CPU of the answering process."""
+    latencies_s: list[float] = field(default_factory=list)
+    firsts_s: list[float] = field(default_factory=list)
+    """To the first piece of each stream."""
+
+    def add(self, other: "Figures") -> None:
+        """One more turn."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def per_s(self) -> float:
+        """Calls a second."""
+        return self.calls / self.elapsed_s
+
+    @property
+    def server_us(self) -> float:
+        """CPU of the answering process for one call, in microseconds."""
+        return self.server_s / self.calls * 1e6
+
+    @property
+    def p50_ms(self) -> float:
+        """Median latency; 0 where calls are not told apart."""
+        return statistics.median(self.latencies_s or [0]) * 1000
+
+    @property
+    def p99_ms(self) -> float:
+        """The latency that one call in a hundred is over."""
+        return statistics.quantiles(self.latencies_s, n=100)[98] * 1000 if len(self.latencies_s) > 1 else 0
+
+    @property
+    def first_ms(self) -> float:
+        """Median time to the first piece of a stream; 0 where nothing comes in pieces."""
+        return statistics.median(self.firsts_s or [0]) * 1000
 
 
 class Rig:
@@ -147,22 +178,23 @@ class Rig:
         found: str = self._postgres.psql("SELECT datname FROM pg_database")
         return [name for name in ("user", "deployment") if f"bench_{name}" in found]
 
-    def measure(self, scenario: Scenario) -> Figures:
-        """One round of one scenario."""
+    def measure(self, scenario: Scenario, turns: int = 1) -> Figures:
+        """One turn of a scenario, which is so many parts of its time."""
         assert self._generator.stdin is not None and self._generator.stdout is not None
         server = psutil.Process(self.processes[scenario.server].pid)
         before = server.cpu_times()
         if scenario.run is not None:
             count, elapsed = scenario.run()
-            return Figures(count / elapsed, (_spent(server.cpu_times()) - _spent(before)) / count * 1e6, 0, 0)
-        self._generator.stdin.write(json.dumps(scenario.order.__dict__).encode() + b"\n")
+            return Figures(count, elapsed, _spent(server.cpu_times()) - _spent(before))
+        order = replace(scenario.order, seconds=scenario.order.seconds / turns)
+        self._generator.stdin.write(json.dumps(vars(order)).encode() + b"\n")
         self._generator.stdin.flush()
         line = self._generator.stdout.readline()
         if not line:
             raise RuntimeError(f"{scenario.name}: the load generator ended; what it met is above")
         after = server.cpu_times()
         got: dict[str, Any] = json.loads(line)
-        return Figures(got["per_s"], (_spent(after) - _spent(before)) / got["calls"] * 1e6, got["p50_ms"], got["p99_ms"], got["first_ms"])
+        return Figures(len(got["latencies_s"]), server_s=_spent(after) - _spent(before), **got)
 
     def scenarios(self, seconds: float) -> list[Scenario]:
         """Everything that is measured, the floors first; makes the data on the way."""
