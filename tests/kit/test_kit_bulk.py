@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from clawplane.deployment.v1 import price_pb2
 from clawplane.deployment.v1 import usage_event_pb2 as pb
 from clawplane.user.v1 import user_pb2
-from services.deployment_svc.usage.rows import SAID
+from services.deployment_svc.usage.rows import SAID, read
 from services.kit import ids
 from services.kit.bulk import Bulk
 
@@ -26,7 +26,7 @@ def good() -> dict[str, Any]:
 
 
 def _sound(events: list[pb.UsageEvent]) -> bool:
-    return EVENTS.sound([EVENTS.read(event) for event in events])
+    return EVENTS.sound([read(event) for event in events])
 
 
 def test_what_callers_send_is_sound() -> None:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from datetime import date
 from functools import lru_cache
-from operator import itemgetter
 from typing import Any
 
 import asyncpg  # type: ignore[import-untyped]
@@ -24,13 +23,12 @@ from services.deployment_svc.prices.book import PriceBook
 from services.deployment_svc.prices.repository import RULES
 from services.deployment_svc.usage import texts
 from services.deployment_svc.usage.models import KINDS, LATENCIES, LATENCY_MS, SUMS
-from services.deployment_svc.usage.rows import Row
+from services.deployment_svc.usage.rows import Row, key_of
 from services.deployment_svc.usage.rules import ALWAYS, COUNTED_BY
 from services.kit.columns import Identifier
 from services.kit.db import Database, together_sql
 
 Keys = set[tuple[str, str, date]]
-_BY_KEY = itemgetter(0, 1, 2)
 _ASKING_S = 5.0
 _asks_until = 0.0
 """Until when this process asks at once: events that were sent again come in numbers, and a try that fails leaves dead rows behind."""
@@ -154,10 +152,10 @@ async def store(session: AsyncSession, rows: Sequence[Row], book: PriceBook) -> 
 
 async def _write(connection: Any, rows: Sequence[Row], book: PriceBook, *, asks: bool) -> tuple[bool, Keys]:
     # Sorted here: for the database, a sort of such wide rows is dear. A SELECT from arrays gives them in their order.
-    same, given = texts.encode(sorted(rows, key=_BY_KEY))
+    same, given = texts.encode(sorted(rows, key=key_of))
     fresh, new = await connection.fetchrow(_statement(same, asks=asks), book.currency, book.version, len(rows), *given)
     if new is None:
-        return fresh, set(map(_BY_KEY, rows))
+        return fresh, set(map(key_of, rows))
     return fresh, {(f"org_{org_id.hex}", event_id, month) for org_id, event_id, month in new}
 
 

@@ -14,7 +14,7 @@ from services.deployment_svc.prices.repository import RULES
 from services.deployment_svc.quotas.models import PERIOD, SCOPE, Quota
 from services.deployment_svc.usage import postgres
 from services.deployment_svc.usage.models import SUMS, UsageCounter, UsageEvent, UsageRollup
-from services.deployment_svc.usage.rows import Row
+from services.deployment_svc.usage.rows import Row, key_of
 from services.deployment_svc.usage.rules import Wanted, counted, rolled_up
 from services.kit.columns import now
 from services.kit.db import ALL, Database, insert_for, is_postgres, together
@@ -39,7 +39,7 @@ async def store(session: AsyncSession, rows: Sequence[Row], book: PriceBook) -> 
     version = await session.scalar(select(PriceBookVersion.version).where(PriceBookVersion.currency == book.currency)) or 0
     if version != book.version:
         raise StaleBook
-    ordered = sorted(rows, key=lambda row: row.key)
+    ordered = sorted(rows, key=key_of)
     # Given as parameters, SQLAlchemy splits the rows into statements that the driver can take.
     statement = insert_for(session)(UsageEvent).on_conflict_do_nothing().returning(UsageEvent.org_id, UsageEvent.id, UsageEvent.month)
     given = [row._asdict() for row in ordered]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from clawplane.deployment.v1 import usage_event_pb2 as pb
@@ -23,6 +23,10 @@ _CHAT, _OK = pb.USAGE_TYPE_CHAT, pb.USAGE_STATUS_OK
 _UUID_LENGTHS = (32, 36)
 # As nearly all are written. The first digit is not the time's last possible one, which no datetime holds.
 _SPELLED = re.compile("0[0-9a-f]{7}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
+
+
+key_of: Callable[[Any], tuple[str, str, date]] = itemgetter(0, 1, 2)
+"""What makes a row this event: organization, id and month."""
 
 
 class Row(NamedTuple):
@@ -63,7 +67,7 @@ class Row(NamedTuple):
     @property
     def key(self) -> tuple[str, str, date]:
         """What makes it this event."""
-        return self[0], self[1], self[2]
+        return key_of(self)
 
     def priced(self, book: PriceBook) -> "Row":
         """The same at the prices of a book."""

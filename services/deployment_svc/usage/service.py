@@ -74,7 +74,7 @@ class UsageService(usage_service_pb2_grpc.UsageServiceServicer):
         response: rpc.BatchRecordUsageResponse,
     ) -> list[Row]:  # fmt: skip
         """The rows of those events of a chunk that may be stored and were not among those before; the errors of the others."""
-        values, book, rows = list(map(_RULES.read, events)), self.ledger.book, []
+        values, book, rows = list(map(read, events)), self.ledger.book, []
         all_sound = _RULES.sound(values)
         for index, event, said in zip(count(start), events, values, strict=False):
             try:
