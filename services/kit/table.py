@@ -10,10 +10,14 @@ _handed: ContextVar[Any] = ContextVar("metadata", default=None)
 
 
 def metadata_of(context: Any) -> "dict[str, str | bytes]":
-    """The metadata of the call that is being handled, as a dict. gRPC makes them anew at each asking, and has made them to find
-    the handler: in the same task, so what it handed over then is this call's."""
+    """The metadata of a call, as its handler takes them first of all. gRPC makes them anew at each asking, and has made them to find the
+    handler: in the same task, so what it handed over then is this call's."""
     handed = _handed.get()
-    return dict((context.invocation_metadata() if handed is None else handed) or ())
+    if handed is None:
+        return dict(context.invocation_metadata() or ())
+    # Once: what the handler starts inherits its context, and may be the way of another call.
+    _handed.set(None)
+    return dict(handed)
 
 
 class Table(grpc.GenericRpcHandler):

@@ -1,9 +1,11 @@
 """Both transports: which one is made, what each refuses, and what must be the same on both."""
 
 import asyncio
+import contextvars
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -13,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from services import embedded
 from services.kit.call import Call
 from services.kit.server import App, Server
+from services.kit.table import Table, metadata_of
 from tests.harness import TRANSPORT, Stack
 from tests.kit.echo import SERVICE, Answer, Echo, refused, running
 
@@ -157,3 +160,17 @@ async def test_grpcio_has_no_method_registered_and_finds_them_all(kit_url: str, 
         assert (await health.Check(health_pb2.HealthCheckRequest(service=SERVICE))).status == health_pb2.HealthCheckResponse.SERVING
         for path in (f"/{SERVICE}/Missing", "/missing.Service/Read"):
             assert (await refused(echo.channel.unary_unary(path)(b"", timeout=5))).code() is Code.UNIMPLEMENTED
+
+
+def test_what_was_handed_over_with_a_call_is_nobody_elses() -> None:
+    """A handler may start what handles other calls: it must not give them the credential of its own."""
+
+    def call() -> None:
+        details: Any = SimpleNamespace(method="/a.B/C", invocation_metadata=(("authorization", "mine"),))
+        Table().service(details)
+        assert metadata_of(SimpleNamespace(invocation_metadata=lambda: pytest.fail("made anew"))) == {"authorization": "mine"}
+        others = SimpleNamespace(invocation_metadata=lambda: (("authorization", "another's"),))
+        for context in (contextvars.copy_context(), contextvars.Context()):
+            assert context.run(metadata_of, others) == {"authorization": "another's"}
+
+    contextvars.Context().run(call)
