@@ -33,7 +33,7 @@ class KnownKey:
     answer: Any = None
     """What is told of it, made once."""
     permissions: frozenset[str] = frozenset()
-    """Those that are told of it: the caller's but for what every key may."""
+    """Those that are told of it, where it is told: the caller's but for what every key may."""
 
 
 def parse(text: str) -> keys.Key | None:

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import structlog
-from sqlalchemy import ColumnElement, exists, or_, select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.kit import telemetry
@@ -84,8 +84,8 @@ async def claim(db: Database, model: type[L], *, limit: int, lease_s: float, whe
     """Rows that are due and free, leased to this caller under a new token. Two workers never hold the same row."""
     token, at = secrets.token_hex(8), now()
     free = (model.due_at <= at, or_(model.lease_until.is_(None), model.lease_until < at), *where)
-    # Looked for first: to claim is to write, and mostly there is nothing.
-    if not await look(db, select(exists().where(*free))):
+    # Looked for first: to claim is to write, and mostly there is nothing. In their order, else PostgreSQL may look through the whole table.
+    if await look(db, select(model.id).where(*free).order_by(model.due_at).limit(1)) is None:  # type: ignore[attr-defined]
         return []
     # In a CTE, since PostgreSQL may run a subquery of IN several times, and each time lock other rows.
     due: Any = (

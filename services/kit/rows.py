@@ -1,10 +1,10 @@
-"""Reading of all tenants beside a session, which would cost several times the query: rows by key, and whether there is anything to do."""
+"""Reading of all tenants without a session, which would cost more than the query: rows by key, and whether there is anything to do."""
 
 from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ARRAY, ColumnElement, Executable, Select, any_, bindparam
+from sqlalchemy import ARRAY, ColumnElement, Select, any_, bindparam
 from sqlalchemy.orm import InstrumentedAttribute
 
 from services.kit.coalesce import Fetch
@@ -33,7 +33,7 @@ def by_key(db: Database, statement: Select[Any], key: InstrumentedAttribute[str]
     return fetch
 
 
-async def look(db: Database, statement: Executable, **parameters: Any) -> Any:
-    """One value, for loops that look again and again whether there is anything to do. Cheapest with a statement that is made once."""
+async def look(db: Database, statement: Select[Any]) -> Any:
+    """One value, for loops that look again and again whether there is anything to do."""
     async with db.reading.connect() as connection:
-        return await connection.scalar(statement, parameters)
+        return await connection.scalar(statement)

@@ -42,8 +42,9 @@ class Tail:
     async def _next(self) -> Sequence[Row]:
         await asyncio.sleep(self._looked + _POLL_S - time.monotonic())
         try:
-            # Mostly there is nothing new, and to be told so costs a fraction of reading.
-            rows = await self._read(self._seq) if await look(self.db, repository.IS_NEWER, seq=self._seq) else ()
+            # Mostly there is nothing new, and to be told so costs half of reading.
+            newest = await look(self.db, repository.NEWEST) or 0
+            rows = await self._read(self._seq) if newest > self._seq else ()
         finally:
             self._looked = time.monotonic()
         if rows:

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import bindparam, delete, exists, func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from services.kit.db import alone
 from services.user_svc.changes.models import Change
 
-IS_NEWER = select(exists().where(Change.seq > bindparam("seq")))
-"""Whether there is a change after a number."""
+NEWEST = select(func.max(Change.seq))
+"""The number of the newest change. Whether there is one after a number, PostgreSQL would look for in the whole table."""
 
 
 async def record(session: AsyncSession, kind: int, org_id: str, subject: str) -> None:
