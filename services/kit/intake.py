@@ -6,23 +6,26 @@ from typing import Any
 import protovalidate
 from google.protobuf.message import DecodeError, Message
 
+from clawplane.options.v1 import options_pb2
 from services.kit import errors, texts
 from services.kit.call import Plan
 
 _SMALL_BYTES, _LARGE_BYTES = 1024, 8 * 1024
-_REMEMBERED_BYTES = 256 * 1024
+_MOST, _MOST_OF_PLATFORM = 5_000, 200_000
+"""So many requests of an RPC are remembered; of our own processes, which ask about everybody, many more."""
 
 
 class Intake:
     """Takes the requests of one RPC. Reads ask the same again and again: what was found sound once is not checked against its rules again.
 
-    No rule of a read asks for the time (a law in tests/test_contract.py), so sound bytes stay sound.
+    No rule of a read asks for the time (a law in tests/test_contract.py), so sound bytes stay sound. Only Python's hash of them is kept:
+    some hold secrets, and nobody outside this process can make two that have the same.
     """
 
     def __init__(self, plan: Plan, deserialize: Callable[[bytes], Message]) -> None:
         self._plan, self._deserialize = plan, deserialize
-        self._sound: set[bytes] = set()
-        self._room = _REMEMBERED_BYTES
+        self._sound: set[int] = set()
+        self._most = _MOST_OF_PLATFORM if plan.audience == options_pb2.AUDIENCE_PLATFORM else _MOST
 
     def take(self, raw: bytes) -> Any:
         """The message; InvalidArgument or InvalidFields naming what is wrong."""
@@ -31,7 +34,7 @@ class Intake:
         except (DecodeError, UnicodeDecodeError):
             field = texts.field_not_utf8(raw, self._plan.request)
             raise errors.InvalidArgument(field, "is not valid UTF-8" if field else "the request is not valid protobuf") from None
-        if raw in self._sound:
+        if hash(raw) in self._sound:
             return request
         # Few requests hold the byte at all, so few are searched for it.
         if b"\0" in raw and (field := texts.field_with_nul(request)):
@@ -40,15 +43,10 @@ class Intake:
         if self._plan.has_rules and (found := protovalidate.collect_violations(request, fail_fast=len(raw) > _LARGE_BYTES)):
             raise errors.InvalidFields([violation(item) for item in found])
         if self._plan.is_read and self._plan.has_rules and len(raw) <= _SMALL_BYTES:
-            self._remember(raw)
+            if len(self._sound) >= self._most:
+                self._sound.clear()
+            self._sound.add(hash(raw))
         return request
-
-    def _remember(self, raw: bytes) -> None:
-        self._room -= len(raw)
-        if self._room < 0:
-            self._sound.clear()
-            self._room = _REMEMBERED_BYTES - len(raw)
-        self._sound.add(raw)
 
 
 def violation(found: Any) -> errors.Violation:

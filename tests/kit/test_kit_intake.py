@@ -1,10 +1,12 @@
 """When a request is decoded and checked, and when not again."""
 
+from dataclasses import replace
 from typing import Any
 
 import grpc
 import pytest
 
+from clawplane.options.v1 import options_pb2
 from services.kit import errors, intake
 from services.kit.call import Plan
 from services.kit.intake import Intake
@@ -63,11 +65,17 @@ def test_what_is_wrong_or_long_is_never_remembered(rules: Rules) -> None:
 
 
 def test_what_is_remembered_has_a_bound() -> None:
-    reads = of("Read")
-    for n in range(3000):
-        reads.take(Request(words=[f"{n:0>1000}"]).SerializeToString())
-        assert sum(map(len, reads._sound)) <= 256 * 1024
-    assert reads._sound
+    ours = Plan.of(DESCRIPTOR.services_by_name["EchoService"].methods_by_name["Read"])
+    platforms = Intake(replace(ours, audience=options_pb2.AUDIENCE_PLATFORM), Request.FromString)
+    reads = Intake(ours, Request.FromString)
+    for n in range(6000):
+        for one in (reads, platforms):
+            one.take(Request(text=f"secret {n}").SerializeToString())
+        assert 0 < len(reads._sound) <= 5000
+    # Our own processes ask about everybody.
+    assert len(platforms._sound) == 6000
+    # Some requests hold a secret, which must not lie about.
+    assert all(isinstance(one, int) for one in reads._sound)
 
 
 def test_of_a_large_request_the_first_mistake_is_told(rules: Rules) -> None:
