@@ -96,13 +96,16 @@ def measure(made: Rig, count: int, seconds: float, only: str) -> tuple[Rounds, d
     for number in range(count + 1):
         together = {name: Figures() for name in scenarios}
         for gate in gates:
-            one = in_turn(made, [scenarios[name] for name in gate.of], max(1, min(gate.turns, int(seconds / _SHORTEST_S))))
+            # The other way round in every other round, for gates of one turn.
+            compared = [scenarios[name] for name in gate.of[:: -1 if number % 2 else 1]]
+            one = in_turn(made, compared, max(1, min(gate.turns, int(seconds / _SHORTEST_S))))
             for name, figures in one.items():
                 together[name].add(figures)
             if number:
                 ratios[gate.what].append(gate.ratio(one))
-        for name in scenarios.keys() - gated:
-            together[name] = made.measure(scenarios[name])
+        for name, scenario in scenarios.items():
+            if name not in gated:
+                together[name] = made.measure(scenario)
         if number:
             for name, figures in together.items():
                 rounds[name].append(figures)

@@ -45,6 +45,8 @@ class Order:
     stream: bool = False
     """POST the bodies, and read answers that come in pieces to their end."""
     callers: int = 32
+    first: int = 0
+    """Where in the bodies and tokens to begin."""
     apart: bool = False
     """Each caller takes other bodies, so that as many as there are calls are sent."""
     seconds: float = 2.0
@@ -64,13 +66,14 @@ async def run(order: Order) -> dict[str, Any]:
     firsts: list[float] = []
     make = _http if order.http else _grpc
     senders, close = await (_streams(order, firsts) if order.stream else make(order))
-    await asyncio.gather(*(send(index) for index, send in enumerate(senders)))
+    await asyncio.gather(*(send(order.first + index) for index, send in enumerate(senders)))
+    firsts.clear()
     latencies: list[float] = []
     started = time.perf_counter()
     deadline = started + order.seconds
 
     async def caller(index: int, send: Send) -> None:
-        for number in itertools.count(index, order.callers if order.apart else 1):
+        for number in itertools.count(order.first + index, order.callers if order.apart else 1):
             begun = time.perf_counter()
             if begun >= deadline:
                 return
@@ -80,11 +83,12 @@ async def run(order: Order) -> dict[str, Any]:
     await asyncio.gather(*(caller(index, send) for index, send in enumerate(senders)))
     elapsed = time.perf_counter() - started
     await close()
-    return {"calls": len(latencies), "elapsed_s": elapsed, "latencies_s": _some(latencies), "firsts_s": _some(firsts)}
+    counts = {"calls": len(latencies), "warmed": len(senders), "elapsed_s": elapsed}
+    return counts | {"latencies_s": _some(latencies), "firsts_s": _some(firsts)}
 
 
 def _some(seconds: list[float]) -> list[float]:
-    """As many as a line in a pipe has room for, by chance, to the microsecond."""
+    """As many as say enough, by chance, to the microsecond: a line of very many has come to the reader cut."""
     return [round(one, 6) for one in (seconds if len(seconds) <= _MOST_TOLD else random.sample(seconds, _MOST_TOLD))]
 
 
