@@ -45,9 +45,9 @@ class Gate:
         return "within the spread" if any(met) else "MISSED"
 
 
-def _rate(what: str, of: str, to: str, bound: float, turns: int = 4) -> Gate:
-    """Callers begin and end together, so turns that are shorter would say less of a rate."""
-    return Gate(what, (of, to), lambda one: one[of].per_s / one[to].per_s, bound, turns=turns)
+def _rate(what: str, of: str, to: str, bound: float) -> Gate:
+    """In one turn: callers begin and end together, and in short ones that would count against the slower side."""
+    return Gate(what, (of, to), lambda one: one[of].per_s / one[to].per_s, bound)
 
 
 def _cpu(what: str, of: str, to: str, bound: float) -> Gate:
@@ -73,8 +73,8 @@ GATES = [
     _rate("GetDeployment / wrapped empty, calls a second", "GetDeployment", _WRAPPED, 0.65),
     _rate("RecordUsage / wrapped empty, 64 callers, calls a second", RECORD, EMPTY_64, 0.55),
     _rate("RecordUsage / the same with the batcher off, calls a second", RECORD, RECORD_ALONE, 1.8),
-    _rate("BatchRecordUsage, 1 caller / psql \\copy, events a second", BATCH, COPY, 0.30, turns=1),
-    _rate("BatchRecordUsage, 4 callers / psql \\copy, events a second", BATCH_4, COPY, 0.50, turns=1),
+    _rate("BatchRecordUsage, 1 caller / psql \\copy, events a second", BATCH, COPY, 0.30),
+    _rate("BatchRecordUsage, 4 callers / psql \\copy, events a second", BATCH_4, COPY, 0.50),
     _cpu("CheckQuota / wrapped empty, 64 callers", CHECK, EMPTY_64, 1.6),
     _cpu("GetUser on native / on grpcio", f"GetUser{NATIVE}", "GetUser", 0.4),
     _rate("GetDeployment as JSON / by gRPC, calls a second", "GetDeployment, JSON through the gateway", "GetDeployment", 0.5),
@@ -87,7 +87,8 @@ _SHORTEST_S = 0.2
 def measure(made: Rig, count: int, seconds: float, only: str) -> tuple[Rounds, dict[str, list[float]]]:
     """Interleaved rounds; the first one, which only warms, is thrown away. Of each scenario what its rounds gave, of each gate its ratios.
 
-    The machine's own speed wanders by a fifth within seconds, so what a gate compares is measured in turn, a fraction of a second each."""
+    The machine's own speed wanders by a fifth within seconds, so what a gate compares is measured in turn, CPU a fraction of a second
+    each."""
     scenarios = {one.name: one for one in made.scenarios(seconds) if one.name in (_BARE, _WRAPPED) or re.search(only, one.name)}
     gates = [gate for gate in GATES if scenarios.keys() >= set(gate.of)]
     gated = {name for gate in gates for name in gate.of}
