@@ -386,6 +386,14 @@ async def test_last_use_is_written_down_later_and_together(stack: Stack, person:
     assert abs(used.last_used_at.ToDatetime() - now().replace(tzinfo=None)) < timedelta(seconds=8)
     assert (used.etag, used.updated_at) == (made[0].api_key.etag, made[0].api_key.updated_at)
     assert not (await get(stack, person.metadata, made[2].api_key.id)).HasField("last_used_at")
+    # Asked in the very same words, which are answered without looking at the key anew.
+    await verify(stack, made[0].key)
+
+    async def used_again() -> bool:
+        again = await get(stack, person.metadata, made[0].api_key.id)
+        return again.last_used_at.ToDatetime() > used.last_used_at.ToDatetime()
+
+    await eventually(used_again, 8)
 
 
 async def test_a_key_is_hashed_anew_when_the_server_has_another_key(stack: Stack, person: Person) -> None:

@@ -126,7 +126,7 @@ def _has_rule(field: FieldDescriptor) -> bool:
 class Call:
     """One call, as a handler sees it."""
 
-    __slots__ = ("_client", "_trail", "caller", "claim", "claimed", "context", "kit", "plan", "repeats", "request_id")
+    __slots__ = ("_client", "_trail", "caller", "claim", "claimed", "context", "kit", "plan", "repeats", "request_id", "stands")
 
     def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
         self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
@@ -137,6 +137,8 @@ class Call:
         self.claimed = False
         self.repeats = False
         """Whether the answer is the stored one of an earlier call."""
+        self.stands: Callable[[], bool] | None = None
+        """See ``stands_while``."""
 
     @property
     def org_id(self) -> str:
@@ -186,6 +188,13 @@ class Call:
             yield session
             await self._write_along(session)
         self._done()
+
+    def stands_while(self, holds: Callable[[], bool]) -> None:
+        """The answer may be given again to every caller who sends the same bytes, without the handler, each time that ``holds()`` is true.
+        For reads of the platform alone, whose answers are the same for all who may ask."""
+        if not self.plan.is_read or self.plan.audited or self.plan.audience != options_pb2.AUDIENCE_PLATFORM:
+            raise ValueError(f"an answer of {self.plan.method} cannot stand: it is no unaudited read of the platform")
+        self.stands = holds
 
     def sees(self, org_id: str) -> bool:
         """Whether the caller's tenant is this organization, or all of them. For rows that no session has filtered."""

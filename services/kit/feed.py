@@ -83,6 +83,15 @@ class Follower:
             reset()
 
 
+class Kept(Generic[V]):
+    """An answer that is remembered, and until when: 0 once it was dropped."""
+
+    __slots__ = ("until", "value")
+
+    def __init__(self, value: V, until: float) -> None:
+        self.value, self.until = value, until
+
+
 class Remembered(Generic[V]):
     """Answers of a look-up, kept until a change concerns them, and only while the feed is heard."""
 
@@ -96,24 +105,33 @@ class Remembered(Generic[V]):
         which is no tag. ``most`` answers are kept, each for at most ``max_age_s``; then the oldest go."""
         self._follower, self._fetch, self._tags, self._hidden = follower, fetch, tags, hidden
         self._most, self._max_age_s = most, max_age_s
-        self._known: dict[Any, tuple[float, V]] = {}
+        self._known: dict[Any, Kept[V]] = {}
         self._tagged: dict[str, set[Any]] = {}
         self._generation = 0
         follower.listen(lambda change: self._drop(concerns(change)), self._clear)
 
     def peek(self, *key: str) -> V | None:
         """What is remembered for these arguments; None when nothing is, or may not be used now."""
-        known = self._known.get(self._name(key)) if self._follower.is_heard else None
-        return known[1] if known is not None and known[0] > time.monotonic() else None
+        kept = self.kept(*key)
+        return kept.value if kept is not None else None
+
+    def kept(self, *key: str) -> Kept[V] | None:
+        """The same, for whoever asks again later whether it still ``holds``."""
+        kept = self._known.get(self._name(key)) if self._follower.is_heard else None
+        return kept if kept is not None and kept.until > time.monotonic() else None
+
+    def holds(self, kept: Kept[V]) -> bool:
+        """Whether something that was remembered still is, and may be used now."""
+        return kept.until > time.monotonic() and self._follower.is_heard
 
     async def __call__(self, *key: str) -> V:
         """The answer for these arguments."""
         if not self._follower.is_heard:
             return await self._fetch(*key)
         name = self._name(key)
-        known = self._known.get(name)
-        if known is not None and known[0] > time.monotonic():
-            return known[1]
+        kept = self._known.get(name)
+        if kept is not None and kept.until > time.monotonic():
+            return kept.value
         generation = self._generation
         value = await self._fetch(*key)
         # What was read while a change came in may be the state before it.
@@ -121,7 +139,7 @@ class Remembered(Generic[V]):
             if len(self._known) >= self._most:
                 self._forget(next(iter(self._known)))
             self._forget(name)
-            self._known[name] = (time.monotonic() + self._max_age_s, value)
+            self._known[name] = Kept(value, time.monotonic() + self._max_age_s)
             for tag in self._tags_of(name, value):
                 self._tagged.setdefault(tag, set()).add(name)
         return value
@@ -139,9 +157,11 @@ class Remembered(Generic[V]):
                 self._forget(name)
 
     def _forget(self, name: Any) -> None:
-        if name not in self._known:
+        kept = self._known.pop(name, None)
+        if kept is None:
             return
-        for tag in self._tags_of(name, self._known.pop(name)[1]):
+        kept.until = 0.0
+        for tag in self._tags_of(name, kept.value):
             left = self._tagged[tag]
             left.discard(name)
             if not left:
@@ -149,6 +169,8 @@ class Remembered(Generic[V]):
 
     def _clear(self) -> None:
         self._generation += 1
+        for kept in self._known.values():
+            kept.until = 0.0
         self._known.clear()
         self._tagged.clear()
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
@@ -22,6 +22,7 @@ from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
 from services.kit.client import client_of
 from services.kit.intake import Intake
+from services.kit.standing import Standing
 from services.kit.table import Handler, Table, metadata_of
 
 log = structlog.get_logger()
@@ -56,9 +57,10 @@ def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
         plan = replace(plan, rate=rates.times(plan.rate, kit.settings.method_rates_factor))
     assert handler.request_deserializer is not None
     intake = Intake(plan, handler.request_deserializer)
-    # No deserializer: what strangers send is not even decoded.
+    # No deserializer: what strangers send is not even decoded. No serializer where an answer may be known as bytes.
     if handler.unary_unary is not None:
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, intake, kit), None, handler.response_serializer)
+        assert handler.response_serializer is not None
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, intake, handler.response_serializer, kit))
     if handler.unary_stream is not None:
         return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, plan, intake, kit), None, handler.response_serializer)
     raise ValueError(f"{plan.method}: streams of requests are not supported; take a repeated field")
@@ -127,8 +129,8 @@ def _too_many(what: str, wait_s: float, rate: str) -> errors.Error:
     return errors.Exhausted(f"too many {what}; the limit is {rate}", retry_after_s=max(0.1, wait_s), limit=rate)
 
 
-def _unary(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
-    meter = telemetry.meter(plan.method)
+def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes], kit: Kit) -> Any:
+    meter, standing = telemetry.meter(plan.method), Standing()
 
     async def unary(raw: bytes, context: Any) -> Any:
         started = time.perf_counter()
@@ -141,11 +143,15 @@ def _unary(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
         try:
             call = await _guard(kit, plan, context, metadata, request_id)
             caller = call.caller
-            request = intake.take(raw)
-            repeatable = plan.takes_request_id and request.request_id
-            response = await (idempotency.once(call, request, handler) if repeatable else handler(request, call))
-            if call.owes_audit:
-                await call.write_audit()
+            response = standing.again(raw)
+            if response is None:
+                request = intake.take(raw)
+                repeatable = plan.takes_request_id and request.request_id
+                response = pack(await (idempotency.once(call, request, handler) if repeatable else handler(request, call)))
+                if call.owes_audit:
+                    await call.write_audit()
+                if call.stands is not None:
+                    standing.keep(raw, response, call.stands)
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:

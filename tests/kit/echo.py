@@ -105,6 +105,7 @@ service {{ name: "EchoService"
   {_rpc("Write", "AUDIENCE_ORGANIZATION", "echo.write")}
   {_rpc("Read", "AUDIENCE_ORGANIZATION", "echo.read", _READS)}
   {_rpc("Manage", "AUDIENCE_PLATFORM", "echo.manage")}
+  {_rpc("Weigh", "AUDIENCE_PLATFORM", "echo.weigh", _READS)}
   {_rpc("Open", "AUDIENCE_PUBLIC", "", _READS)}
   {_rpc("Rare", "AUDIENCE_ORGANIZATION", "echo.read", _READS, rate="2/hour")}
   {_rpc("RareOpen", "AUDIENCE_PUBLIC", "", _READS, rate="2/hour")}

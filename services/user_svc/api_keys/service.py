@@ -131,7 +131,7 @@ class ApiKeyService(api_key_service_pb2_grpc.ApiKeyServiceServicer):
         return await call.run(work)  # type: ignore[no-any-return]
 
     async def VerifyApiKey(self, request: rpc.VerifyApiKeyRequest, call: Call) -> rpc.VerifyApiKeyResponse:
-        return await self.verifier(request)
+        return await self.verifier(request, call)
 
     async def RecordApiKeyUses(self, request: rpc.RecordApiKeyUsesRequest, call: Call) -> rpc.RecordApiKeyUsesResponse:
         for key_id in request.key_ids:

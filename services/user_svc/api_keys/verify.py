@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from clawplane.user.v1 import api_key_service_pb2 as rpc
-from services.kit.feed import Remembered
+from services.kit.call import Call
+from services.kit.feed import Kept, Remembered
 from services.kit.known_keys import KnownKey, Uses
 
 Hit = Callable[[str, str], Awaitable[float]]
@@ -20,8 +22,8 @@ class Verifier:
     ) -> None:  # fmt: skip
         self.find, self.known, self.uses, self.hit = find, known, uses, hit
 
-    async def __call__(self, request: rpc.VerifyApiKeyRequest) -> rpc.VerifyApiKeyResponse:
-        """The answer; it is shared, so nobody may change it."""
+    async def __call__(self, request: rpc.VerifyApiKeyRequest, call: Call) -> rpc.VerifyApiKeyResponse:
+        """The answer; it is shared, so nobody may change it. That a key without a rate is valid stands until a change concerns the key."""
         text, uncounted = request.key, request.uncounted
         if uncounted:
             # Who remembers the answer may have heard of a change before this process has, and would keep what was true before it.
@@ -46,7 +48,16 @@ class Verifier:
             limited.retry_after.FromMilliseconds(max(1, int(wait_s * 1000)))
             return limited
         self.uses.note(caller.key_id)
+        if not caller.rate and (kept := self.known.kept(text)) is not None and kept.value is found:
+            call.stands_while(partial(self._used_again, kept))
         return answer
+
+    def _used_again(self, kept: Kept[KnownKey | None]) -> bool:
+        found = kept.value
+        if found is None or found.ends_at <= time.time() or not self.known.holds(kept):
+            return False
+        self.uses.note(found.caller.key_id)
+        return True
 
 
 def _but(found: KnownKey, **other: object) -> rpc.VerifyApiKeyResponse:
