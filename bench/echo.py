@@ -48,20 +48,26 @@ def add_to_server(server: Any) -> None:
     server.add_registered_method_handlers(SERVICE, {"Empty": handler})
 
 
+class _Remembered:
+    """Stands for the answers that a warm service remembers (kit/feed.py)."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Access] = {}
+
+    def peek(self, user_id: str, org_id: str) -> Access | None:
+        return self._known.get((user_id, org_id))
+
+    async def __call__(self, user_id: str, org_id: str) -> Access:
+        key = (user_id, org_id)
+        return self._known.setdefault(key, Access(user_id, org_id or ids.lowest("org"), frozenset({"bench.empty"})))
+
+
 def wrapped_kit(data_dir: Path) -> Kit:
     """A kit whose callers are people, known without a look-up, as they are on a warm service."""
     settings = KitSettings(**(devkeys.settings_for(devkeys.load_or_make(data_dir), "cli") | {"rate_limit": "100000000/minute"}))  # type: ignore[arg-type]
 
-    known: dict[str, Access] = {}
-
-    async def access(user_id: str, org_id: str) -> Access:
-        found = known.get(user_id)
-        if found is None:
-            found = known[user_id] = Access(user_id, org_id or ids.lowest("org"), frozenset({"bench.empty"}))
-        return found
-
     db = Database(f"sqlite+aiosqlite:///{data_dir / 'echo.db'}", settings, "echo")
-    return Kit("echo", settings, db, Authenticator(settings, access), None)
+    return Kit("echo", settings, db, Authenticator(settings, _Remembered()), None)
 
 
 async def _serve(kind: str, port: int, data_dir: Path) -> None:

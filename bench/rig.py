@@ -39,8 +39,8 @@ from clawplane.user.v1 import (
     user_service_pb2_grpc,
 )
 from services.kit import devkeys
-from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from tests.simulators.upstream import KEY
 
 PEOPLE = 64

@@ -5,7 +5,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import protovalidate
@@ -13,8 +12,8 @@ from google.protobuf import descriptor_pool, empty_pb2
 
 from bench import echo
 from services.kit import ids, rpc, telemetry
-from services.kit.auth import TokenSigner
 from services.kit.call import Call, Plan
+from services.kit.tokens import TokenSigner
 
 _ROUNDS, _TIMES = 5, 4000
 
@@ -28,16 +27,17 @@ async def measure() -> dict[str, float]:
         plan = Plan.of(service.methods_by_name["Empty"])
         token = TokenSigner(kit.settings).sign(["*"], user=ids.new("usr"), lifetime_s=900)
         metadata = {"authorization": f"Bearer {token}", "user-agent": "grpc-python"}
-        context: Any = SimpleNamespace(invocation_metadata=lambda: metadata)
+        context: Any = None
         request, meter = empty_pb2.Empty(), telemetry.meter(plan.method)
-        caller = await kit.authenticator.caller(metadata)
+        call = Call(kit, plan, metadata, context)
+        call.caller = caller = await kit.caller(plan, metadata)
         stages: dict[str, Callable[[], Any]] = {
-            "request id": lambda: rpc._request_id(metadata),
-            "caller": lambda: kit.authenticator.caller(metadata),
-            "rule": lambda: Call(kit, plan, caller, "id", context).permit(),
+            "caller": lambda: kit.known_caller(plan, metadata),
+            "call": lambda: Call(kit, plan, metadata, context),
+            "rule": call.permit,
             "rate limit": lambda: kit.limiter.hit_here(caller.subject, kit.settings.rate_limit),
             "field rules": lambda: protovalidate.collect_violations(request),
-            "metrics and log": lambda: rpc._report(meter, plan, "OK", time.perf_counter(), "id", caller),
+            "metrics and log": lambda: rpc._report(meter, call, "OK"),
         }
         costs = {name: min([await _time(stage) for _ in range(_ROUNDS)]) for name, stage in stages.items()}
         await kit.db.close()

@@ -18,9 +18,9 @@ from rich.console import Console
 from services import cli_audit, cli_prices, cli_usage, embedded, keys_cli
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import telemetry
-from services.kit.auth import TokenSigner
 from services.kit.secrets import SecretError
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from services.user_svc.settings import UserSettings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

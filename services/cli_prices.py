@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from clawplane.deployment.v1 import price_service_pb2, price_service_pb2_grpc, usage_service_pb2, usage_service_pb2_grpc
 from services import embedded
-from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 
 app = typer.Typer(no_args_is_help=True, help="The price book, and stored usage priced anew.")
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False, soft_wrap=True)

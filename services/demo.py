@@ -26,8 +26,8 @@ from services import demo_identity as identity
 from services import demo_usage as metering
 from services import embedded
 from services.demo_stack import DemoError, Where, free_ports, own_stack, stack, until
-from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 
 T = TypeVar("T")
 

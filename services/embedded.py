@@ -18,11 +18,11 @@ import uvicorn
 from clawplane.user.v1 import sign_in_link_service_pb2, sign_in_link_service_pb2_grpc
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import clients, devkeys, workers
-from services.kit.auth import TokenSigner
 from services.kit.db import Database, check_connections
 from services.kit.migrate import migrate
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from services.user_svc.settings import UserSettings
 
 if TYPE_CHECKING:

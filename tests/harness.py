@@ -59,8 +59,8 @@ from services import embedded
 from services.deployment_svc.app import create_app as create_deployment
 from services.deployment_svc.settings import DeploymentSettings
 from services.kit import devkeys, ids
-from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from services.user_svc.app import create_app as create_user
 from services.user_svc.settings import TIERS, Tier, UserSettings
 from tests.simulators.market import NO_TLS

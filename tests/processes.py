@@ -23,8 +23,8 @@ from clawplane.deployment.v1 import (
 )
 from clawplane.user.v1 import user_pb2, user_service_pb2, user_service_pb2_grpc
 from services.kit import devkeys
-from services.kit.auth import TokenSigner
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from tests.conftest import Databases
 from tests.harness import FAST, TELEGRAM, Metadata, clean_env, eventually, free_port
 

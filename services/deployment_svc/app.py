@@ -64,7 +64,7 @@ from services.deployment_svc.usage_reservations.service import UsageReservationS
 from services.deployment_svc.users import PERMISSIONS, Users, entitlements_changed, keys_changed
 from services.deployment_svc.webhooks.service import WebhookService
 from services.kit import audit_sealer, clients, idempotency, known_keys, partitions, purge, vault
-from services.kit.auth import Authenticator, TokenSigner
+from services.kit.auth import Authenticator
 from services.kit.call import Kit
 from services.kit.db import Database
 from services.kit.feed import Follower, Remembered, remembered_access, remembered_sessions
@@ -73,6 +73,7 @@ from services.kit.loops import Loop
 from services.kit.sealed import Blind, Hashed, Sealed, Store
 from services.kit.secrets import SecretBox
 from services.kit.server import App
+from services.kit.tokens import TokenSigner
 
 PARTITIONED = {"usage_events": "month", "audit_events": "created_at"}
 

@@ -1,11 +1,13 @@
 """What a handler gets: who calls, and how to reach the database as the caller."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, TypeAlias
 
 from buf.validate import validate_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
@@ -18,7 +20,7 @@ from clawplane.options.v1 import options_pb2
 from services.kit import errors, rates, telemetry
 from services.kit.audit import Log, Note, Trail
 from services.kit.audit_chain import Chain
-from services.kit.auth import Authenticator, Caller
+from services.kit.auth import UNKNOWN, Authenticator, Caller
 from services.kit.client import Client, client_of
 from services.kit.db import ALL, Database
 from services.kit.limits import Guesses, Limiter
@@ -28,6 +30,9 @@ from services.kit.settings import KitSettings
 
 _NO_SIDE_EFFECTS = 1
 _RECHECK_S = 0.8
+_MOST_ID = 64
+_PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
+Metadata: TypeAlias = "Mapping[str, str | bytes]"
 
 
 @dataclass
@@ -58,10 +63,15 @@ class Kit:
         self.audit = Log(self.audit_model, Chain.of(self.settings, self.name)) if self.audit_model is not None else None
         telemetry.IN_FLIGHT.labels(self.name).set_function(lambda: self.in_flight)
 
-    async def caller(self, plan: "Plan", metadata: Mapping[str, str | bytes]) -> Caller:
+    async def caller(self, plan: "Plan", metadata: Metadata) -> Caller:
         """Who calls an RPC: an operator among the users acts for the platform where the RPC is the platform's own."""
         caller = await self.authenticator.caller(metadata)
         return caller.on_platform() if plan.audience == options_pb2.AUDIENCE_PLATFORM else caller
+
+    def known_caller(self, plan: "Plan", metadata: Metadata) -> Caller | None:
+        """The same without waiting, where it is remembered."""
+        caller = self.authenticator.known(metadata)
+        return caller.on_platform() if caller is not None and plan.audience == options_pb2.AUDIENCE_PLATFORM else caller
 
 
 @dataclass(frozen=True)
@@ -126,12 +136,19 @@ def _has_rule(field: FieldDescriptor) -> bool:
 class Call:
     """One call, as a handler sees it."""
 
-    __slots__ = ("_client", "_trail", "caller", "claim", "claimed", "context", "kit", "plan", "repeats", "request_id", "stands")
+    __slots__ = (
+        "_client", "_request_id", "_trail", "caller", "claim", "claimed", "context", "kit", "metadata", "plan", "repeats", "stands",
+        "started",
+    )  # fmt: skip
 
-    def __init__(self, kit: Kit, plan: Plan, caller: Caller, request_id: str, context: Any) -> None:
-        self.kit, self.plan, self.caller, self.request_id, self.context = kit, plan, caller, request_id, context
-        self._trail = Trail()
+    def __init__(self, kit: Kit, plan: Plan, metadata: Metadata, context: Any) -> None:
+        self.started = time.perf_counter()
+        self.kit, self.plan, self.metadata, self.context = kit, plan, metadata, context
+        self.caller = UNKNOWN
+        """Who calls; UNKNOWN until the credential was found to hold."""
+        self._trail: Trail | None = None
         self._client: Client | None = None
+        self._request_id = ""
         self.claim: Callable[[str], Any] | None = None
         """Makes the row that claims the request id, from the resource's id."""
         self.claimed = False
@@ -139,6 +156,22 @@ class Call:
         """Whether the answer is the stored one of an earlier call."""
         self.stands: Callable[[], bool] | None = None
         """See ``stands_while``."""
+
+    @property
+    def request_id(self) -> str:
+        """What the call is called in logs and the audit: the caller's own name for it, else a new one, made when it is first asked for."""
+        if not self._request_id:
+            value = self.metadata.get("x-request-id")
+            own = isinstance(value, str) and 0 < len(value) <= _MOST_ID and value.isascii() and value.isprintable()
+            self._request_id = str(value) if own else f"{_PREFIX}-{next(_COUNTER)}"
+        return self._request_id
+
+    @property
+    def trail(self) -> Trail:
+        """What is to be audited; made when it is first asked for."""
+        if self._trail is None:
+            self._trail = Trail()
+        return self._trail
 
     @property
     def org_id(self) -> str:
@@ -154,8 +187,7 @@ class Call:
     def client(self) -> Client:
         """Where the call comes from; found out when it is first asked for."""
         if self._client is None:
-            metadata = dict(self.context.invocation_metadata() or ())
-            self._client = client_of(self.context.peer() or "", metadata, self.kit.authenticator)
+            self._client = client_of(self.context.peer() or "", self.metadata, self.kit.authenticator)
         return self._client
 
     def audit(
@@ -163,27 +195,27 @@ class Call:
     ) -> None:
         """What the audit row of this call says beside who and what. ``before`` and ``after`` must hold no secret (``audit.diff`` sees to
         that). ``subject`` is for public RPCs: who the caller turned out to be."""
-        self._trail.own = Note(resource_id, org_id, before, after, project_id, subject)
+        self.trail.own = Note(resource_id, org_id, before, after, project_id, subject)
 
     def audit_elsewhere(self, org_id: str, resource_id: str, *, before: Any = None, after: Any = None) -> None:
         """One more row, for another organization in which this unit of work changes something."""
-        self._trail.elsewhere.append(Note(resource_id, org_id, before, after))
+        self.trail.elsewhere.append(Note(resource_id, org_id, before, after))
 
     @property
     def owes_audit(self) -> bool:
         """Whether the call is to be audited and nothing that it did has carried its row so far."""
-        return self.plan.audited and not self._trail.is_written
+        return self.plan.audited and not self.trail.is_written
 
     async def write_audit(self) -> None:
         """The row of a call that wrote nothing else: of a read, or of a change that was made before."""
         async with self.kit.db.transaction(ALL) as session:
-            await self._audit_into(session, [self._trail.own])
-        self._trail.is_written = True
+            await self._audit_into(session, [self.trail.own])
+        self.trail.is_written = True
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncSession]:
         """A unit of work of the caller's organization; the first one of a writing RPC carries the audit row."""
-        self._trail.elsewhere.clear()
+        self.trail.elsewhere.clear()
         async with self.kit.db.transaction(self.caller.tenant) as session:
             yield session
             await self._write_along(session)
@@ -216,7 +248,7 @@ class Call:
             yield
             await asyncio.sleep(every_s)
             if time.monotonic() - checked >= _RECHECK_S:
-                caller = await self.kit.caller(self.plan, dict(self.context.invocation_metadata() or ()))
+                caller = await self.kit.caller(self.plan, self.metadata)
                 if caller.tenant != self.caller.tenant:
                     raise errors.Unauthenticated()
                 self.caller, checked = caller, time.monotonic()
@@ -231,7 +263,7 @@ class Call:
         caller is known only once the work has found out; elsewhere it is the caller's."""
 
         async def audited(session: AsyncSession) -> Any:
-            self._trail.elsewhere.clear()
+            self.trail.elsewhere.clear()
             result = await work(session)
             await self._write_along(session)
             return result
@@ -241,13 +273,13 @@ class Call:
         return result
 
     def _done(self) -> None:
-        self._trail.is_written = True
-        self._trail.elsewhere.clear()
+        self.trail.is_written = True
+        self.trail.elsewhere.clear()
         self.claimed = self.claim is not None
 
     async def _write_along(self, session: AsyncSession) -> None:
         """What a transaction of a call carries beside its change: the first one the audit row and the claim of the request id."""
-        trail = self._trail
+        trail = self.trail
         if self.claim is not None and not self.claimed:
             session.add(self.claim(trail.own.resource_id))
         notes = [trail.own, *trail.elsewhere] if self.owes_audit else trail.elsewhere

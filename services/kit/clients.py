@@ -9,7 +9,7 @@ import grpc
 import httpx
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.kit.auth import TokenSigner
+from services.kit.tokens import TokenSigner
 
 _RETRY = {
     "methodConfig": [

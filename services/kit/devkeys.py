@@ -10,7 +10,7 @@ from pathlib import Path
 
 import orjson
 
-from services.kit.auth import public_key
+from services.kit.tokens import public_key
 
 SERVICES = ("user_svc", "deployment_svc", "gateway", "cli")
 """Who signs tokens."""

@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from itertools import count
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import structlog
@@ -20,15 +18,12 @@ from clawplane.options.v1 import options_pb2
 from services.kit import errors, idempotency, rates, telemetry
 from services.kit.auth import PUBLIC, Caller
 from services.kit.call import Call, Kit, Plan
-from services.kit.client import client_of
 from services.kit.intake import Intake
 from services.kit.standing import Standing
 from services.kit.table import Handler, Table, metadata_of
 
 log = structlog.get_logger()
 _DOTS_OF_TOKEN = 2
-_PREFIX, _COUNTER = os.urandom(6).hex(), count(1)
-Metadata: TypeAlias = "Mapping[str, str | bytes]"
 
 
 class Registrar:
@@ -66,37 +61,38 @@ def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
     raise ValueError(f"{plan.method}: streams of requests are not supported; take a repeated field")
 
 
-async def _guard(kit: Kit, plan: Plan, context: Any, metadata: Metadata, request_id: str) -> Call:
+async def _guard(call: Call) -> None:
     """Everything that must hold before a request is looked at, in order."""
+    kit, plan = call.kit, call.plan
     if kit.turns_away:
         raise _stopping()
     if kit.in_flight > kit.settings.max_concurrent_calls:
         raise errors.Unavailable("the server is at its limit of calls", 0.2, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
     if plan.audience == options_pb2.AUDIENCE_PUBLIC:
-        call = Call(kit, plan, PUBLIC, request_id, context)
+        call.caller = PUBLIC
     else:
-        call = Call(kit, plan, await _caller(kit, plan, context, metadata), request_id, context)
+        call.caller = kit.known_caller(plan, call.metadata) or await _caller(call)
         call.permit()
     for subject, rate in _counted(call):
         wait_s = kit.limiter.hit_here(subject, rate) if kit.limiter.shared is None else await kit.limiter.hit(subject, rate)
         if wait_s:
             raise _too_many("calls", wait_s, rate)
-    return call
 
 
-async def _caller(kit: Kit, plan: Plan, context: Any, metadata: Metadata) -> Caller:
+async def _caller(call: Call) -> Caller:
     """Who calls. A network that sends too many credentials that do not hold may for a while only use those that have held before."""
+    kit = call.kit
 
     def network() -> str:
-        return client_of(context.peer() or "", metadata, kit.authenticator).network
+        return call.client.network
 
-    rate, credential = kit.settings.failed_rate_limit, metadata.get("authorization", "")
+    rate, credential = kit.settings.failed_rate_limit, call.metadata.get("authorization", "")
     # Nobody guesses a signature: a signed token is always looked at, so that no network keeps our own processes out.
     signed = isinstance(credential, str) and credential.count(".") == _DOTS_OF_TOKEN
     if not signed and (wait_s := kit.guesses.wait_s(credential, network)):
         raise _too_many("credentials that do not hold", wait_s, rate)
     try:
-        caller = await kit.caller(plan, metadata)
+        caller = await kit.caller(call.plan, call.metadata)
     except errors.Unauthenticated:
         if credential and (wait_s := await kit.limiter.hit(f"{'token' if signed else 'guess'}:{network()}", rate)):
             if signed:
@@ -108,21 +104,22 @@ async def _caller(kit: Kit, plan: Plan, context: Any, metadata: Metadata) -> Cal
     return caller
 
 
-def _counted(call: Call) -> Iterator[tuple[str, str]]:
+def _counted(call: Call) -> Sequence[tuple[str, str]]:
     """What a call counts for, as (subject, rate). The platform's own calls are made for everybody, so nobody's rate is theirs."""
     plan, caller = call.plan, call.caller
     if caller.is_platform:
-        return
+        return ()
     if caller is PUBLIC:
         subject = f"network:{call.client.network}"
-        yield subject, call.kit.settings.public_rate_limit
+        counted = [(subject, call.kit.settings.public_rate_limit)]
     else:
         subject = caller.subject
-        yield subject, call.kit.settings.rate_limit
+        counted = [(subject, call.kit.settings.rate_limit)]
         if caller.rate:
-            yield f"key:{caller.key_id}", caller.rate
+            counted.append((f"key:{caller.key_id}", caller.rate))
     if plan.rate:
-        yield f"{plan.method}:{subject}", plan.rate
+        counted.append((f"{plan.method}:{subject}", plan.rate))
+    return counted
 
 
 def _too_many(what: str, wait_s: float, rate: str) -> errors.Error:
@@ -133,16 +130,12 @@ def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes
     meter, standing = telemetry.meter(plan.method), Standing()
 
     async def unary(raw: bytes, context: Any) -> Any:
-        started = time.perf_counter()
-        metadata = metadata_of(context)
-        request_id = _request_id(metadata)
+        call = Call(kit, plan, metadata_of(context), context)
         kit.in_flight += 1
         kit.taken_in += 1
         failure: errors.Error | None = None
-        caller: Caller | None = None
         try:
-            call = await _guard(kit, plan, context, metadata, request_id)
-            caller = call.caller
+            await _guard(call)
             response = standing.again(raw)
             if response is None:
                 request = intake.take(raw)
@@ -155,19 +148,19 @@ def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:
-            _report(meter, plan, "CANCELLED", started, request_id, caller)
+            _report(meter, call, "CANCELLED")
             raise
         except Exception as error:
-            failure = _failure(error, plan, request_id)
+            failure = _failure(error, call)
         finally:
             kit.in_flight -= 1
         if failure is not None:
-            _report(meter, plan, failure.code.name, started, request_id, caller)
-            await _abort(context, failure, request_id)
-        _report(meter, plan, "OK", started, request_id, caller)
+            _report(meter, call, failure.code.name)
+            await _abort(call, failure)
+        _report(meter, call, "OK")
         if not plan.is_read:
             # A read that went well leaves nothing behind that the id would name.
-            context.set_trailing_metadata((("x-request-id", request_id),))
+            context.set_trailing_metadata((("x-request-id", call.request_id),))
         return response
 
     return unary
@@ -177,17 +170,13 @@ def _stream(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
     meter = telemetry.meter(plan.method)
 
     async def stream(raw: bytes, context: Any) -> AsyncIterator[Any]:
-        started = time.perf_counter()
-        metadata = metadata_of(context)
-        request_id = _request_id(metadata)
+        call = Call(kit, plan, metadata_of(context), context)
         failure: errors.Error | None = None
-        caller: Caller | None = None
         task = asyncio.current_task()
         assert task is not None
         kit.streams.add(task)
         try:
-            call = await _guard(kit, plan, context, metadata, request_id)
-            caller = call.caller
+            await _guard(call)
             request = intake.take(raw)
             async with aclosing(handler(request, call)) as messages:
                 async for message in messages:
@@ -200,19 +189,19 @@ def _stream(handler: Any, plan: Plan, intake: Intake, kit: Kit) -> Any:
             raise
         except asyncio.CancelledError:
             if not kit.draining:
-                _report(meter, plan, "CANCELLED", started, request_id, caller)
+                _report(meter, call, "CANCELLED")
                 raise
             task.uncancel()
             failure = _stopping()
         except Exception as error:
-            failure = _failure(error, plan, request_id)
+            failure = _failure(error, call)
         finally:
             kit.streams.discard(task)
         if failure is not None:
-            _report(meter, plan, failure.code.name, started, request_id, caller)
-            await _abort(context, failure, request_id)
-        _report(meter, plan, "OK", started, request_id, caller)
-        context.set_trailing_metadata((("x-request-id", request_id),))
+            _report(meter, call, failure.code.name)
+            await _abort(call, failure)
+        _report(meter, call, "OK")
+        context.set_trailing_metadata((("x-request-id", call.request_id),))
 
     return stream
 
@@ -221,32 +210,25 @@ def _stopping() -> errors.Error:
     return errors.Unavailable("the server is stopping; resume elsewhere", 0, reason=ErrorReason.ERROR_REASON_UNAVAILABLE)
 
 
-async def _abort(context: Any, failure: errors.Error, request_id: str) -> None:
-    status = rpc_status.to_status(errors.to_status(failure, request_id))
-    await context.abort(status.code, status.details, (*status.trailing_metadata, ("x-request-id", request_id)))
+async def _abort(call: Call, failure: errors.Error) -> None:
+    status = rpc_status.to_status(errors.to_status(failure, call.request_id))
+    await call.context.abort(status.code, status.details, (*status.trailing_metadata, ("x-request-id", call.request_id)))
 
 
-def _request_id(metadata: Metadata) -> str:
-    value = metadata.get("x-request-id")
-    if isinstance(value, str) and 0 < len(value) <= 64 and value.isascii() and value.isprintable():
-        return value
-    return f"{_PREFIX}-{next(_COUNTER)}"
-
-
-def _failure(error: Exception, plan: Plan, request_id: str) -> errors.Error:
+def _failure(error: Exception, call: Call) -> errors.Error:
     failure = errors.from_exception(error)
     if failure.code is grpc.StatusCode.INTERNAL:
-        log.error("rpc.defect", method=plan.method, request_id=request_id, exc_info=error)
+        log.error("rpc.defect", method=call.plan.method, request_id=call.request_id, exc_info=error)
     return failure
 
 
-def _report(meter: telemetry.Meter, plan: Plan, code: str, started: float, request_id: str, caller: Caller | None) -> None:
-    elapsed = time.perf_counter() - started
+def _report(meter: telemetry.Meter, call: Call, code: str) -> None:
+    elapsed = time.perf_counter() - call.started
     meter.count(code, elapsed)
     # A read that went well says nothing that the metrics do not say.
-    debugs = plan.is_read and code == "OK"
+    debugs = call.plan.is_read and code == "OK"
     if telemetry.level() > (logging.DEBUG if debugs else logging.INFO):
         return
-    say = log.debug if debugs else log.info
-    subject, org = (caller.subject, caller.org_id) if caller is not None else ("", "")
-    say("rpc", method=plan.method, code=code, ms=round(elapsed * 1000, 1), request_id=request_id, subject=subject, org=org)
+    say, caller = log.debug if debugs else log.info, call.caller
+    ms = round(elapsed * 1000, 1)
+    say("rpc", method=call.plan.method, code=code, ms=ms, request_id=call.request_id, subject=caller.subject, org=caller.org_id)

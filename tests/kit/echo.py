@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from clawplane.options.v1 import options_pb2
 from services.kit import devkeys, ids, vault
 from services.kit.audit import AuditHeadRow, AuditRow, indexes
-from services.kit.auth import FORWARD, Access, Authenticator, Caller, TokenSigner
+from services.kit.auth import FORWARD, Access, Authenticator, Caller
 from services.kit.call import Call, Kit
 from services.kit.client import CLIENT_IP, FORWARDED
 from services.kit.columns import NAMING, Leased, Tenant, Versioned, identifier
@@ -26,6 +26,7 @@ from services.kit.db import Database
 from services.kit.idempotency import IdempotencyKeyRow
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
+from services.kit.tokens import TokenSigner
 from services.kit.vault import CanaryRow
 from tests.harness import UNLIMITED, Metadata, free_port
 
