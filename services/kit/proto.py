@@ -26,21 +26,23 @@ _NOT_WRITABLE = {field_behavior_pb2.OUTPUT_ONLY, field_behavior_pb2.IDENTIFIER}
 
 def to_proto(row: Any, kind: type[M]) -> M:
     """A message with every field that the row's class has under the same name; ``etag`` from the row's version."""
-    names, keep_empty, read = _shared(type(row), kind)  # type: ignore[arg-type]  # classes are hashable
+    names, keep_empty, read, has_etag = _shared(type(row), kind)  # type: ignore[arg-type]  # classes are hashable
     values: dict[str, Any] = {}
-    for name, kept, value in zip(names, keep_empty, read(row), strict=True):
-        if not value:
-            if isinstance(value, Decimal):
-                values[name] = "0"  # An empty text would say that it is not known.
-            elif value is not None and kept:
+    for name, kept, value in zip(names, keep_empty, read(row)):  # noqa: B905 - of one length, and strict costs
+        if value:
+            if type(value) in _AS_THEY_ARE:
                 values[name] = value
-        elif type(value) in _AS_THEY_ARE:
+            elif isinstance(value, datetime):
+                values[name] = _timestamp(value)
+            else:
+                values[name] = format(value.normalize(), "f") if isinstance(value, Decimal) else value
+        elif value is None:
+            continue
+        elif isinstance(value, Decimal):
+            values[name] = "0"  # An empty text would say that it is not known.
+        elif kept:
             values[name] = value
-        elif isinstance(value, datetime):
-            values[name] = _timestamp(value)
-        else:
-            values[name] = format(value.normalize(), "f") if isinstance(value, Decimal) else value
-    if "etag" in kind.DESCRIPTOR.fields_by_name and (version := getattr(row, "version", None)) is not None:
+    if has_etag and (version := getattr(row, "version", None)) is not None:
         values["etag"] = str(version)
     return kind(**values)
 
@@ -52,8 +54,9 @@ def columns_for(model: Any, kind: type[Message], *more: str) -> list[Any]:
 
 
 @cache
-def _shared(row: Any, kind: Any) -> tuple[tuple[str, ...], tuple[bool, ...], Callable[[Any], Sequence[Any]]]:
-    """What a class of rows and a message have in common: the fields, whether an empty value says something, and how to read all at once."""
+def _shared(row: Any, kind: Any) -> tuple[tuple[str, ...], tuple[bool, ...], Callable[[Any], Sequence[Any]], bool]:
+    """What a class of rows and a message have in common: the fields, whether an empty value says something, and how to read all at once.
+    And whether the message has an etag."""
     shared = []
     for field in kind.DESCRIPTOR.fields:
         # An attribute may carry an underscore where its own name means something else on a model (metadata).
@@ -62,12 +65,13 @@ def _shared(row: Any, kind: Any) -> tuple[tuple[str, ...], tuple[bool, ...], Cal
             shared.append((field.name, field.has_presence and field.message_type is None, attribute))
     names, keep_empty, attributes = zip(*shared, strict=True)
     read = attrgetter(*attributes)
-    return names, keep_empty, read if len(attributes) > 1 else lambda one: (read(one),)
+    return names, keep_empty, read if len(attributes) > 1 else lambda one: (read(one),), "etag" in kind.DESCRIPTOR.fields_by_name
 
 
-def _timestamp(value: datetime) -> timestamp_pb2.Timestamp:
+def _timestamp(value: datetime) -> dict[str, int]:
+    """The fields of a Timestamp: a message would be made only to be copied, a datetime taken apart by slower code."""
     since = value - _EPOCH
-    return timestamp_pb2.Timestamp(seconds=since.days * 86400 + since.seconds, nanos=since.microseconds * 1000)
+    return {"seconds": since.days * 86400 + since.seconds, "nanos": since.microseconds * 1000}
 
 
 def assign(row: Any, message: Message, mask: FieldMask | None = None) -> list[str]:
