@@ -1,8 +1,10 @@
 """Column types and mixins that hold on both engines."""
 
 import uuid
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cache
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, DateTime, Dialect, Numeric, String, Uuid
@@ -57,10 +59,20 @@ class Identifier(TypeDecorator[str]):
         self.prefix = prefix
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> uuid.UUID | None:
-        return None if value is None else ids.to_uuid(value, self.prefix)
+        return None if value is None else _uuid_class(dialect.driver)(ids.digits(value, self.prefix))
 
     def process_result_value(self, value: uuid.UUID | None, dialect: Dialect) -> str | None:
         return None if value is None else f"{self.prefix}_{value.hex}"
+
+
+@cache
+def _uuid_class(driver: str) -> Callable[[str], uuid.UUID]:
+    """The driver's own, which is made and sent in half the time: there is one in nearly every parameter."""
+    if driver != "asyncpg":
+        return uuid.UUID
+    from asyncpg.pgproto.pgproto import UUID  # type: ignore[import-untyped]
+
+    return UUID  # type: ignore[no-any-return]
 
 
 class ExactDecimal(TypeDecorator[Decimal]):

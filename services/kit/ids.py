@@ -87,8 +87,13 @@ def new(prefix: str) -> str:
 
 def to_uuid(identifier: str, prefix: str) -> uuid.UUID:
     """The UUID inside an identifier; ValueError when it is of another kind or malformed."""
+    return uuid.UUID(hex=digits(identifier, prefix))
+
+
+def digits(identifier: str, prefix: str) -> str:
+    """The digits of the UUID inside an identifier; ValueError when it is of another kind or malformed."""
     head, _, tail = identifier.partition("_")
     # UUID() alone takes other spellings too, which would make several texts of one identifier.
     if head != prefix or not _HEX.fullmatch(tail):
         raise ValueError(f"an identifier of the form {prefix}_<32 hexadecimal digits> is needed")
-    return uuid.UUID(hex=tail)
+    return tail
