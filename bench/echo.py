@@ -3,7 +3,9 @@
 ``python -m bench.echo bare|wrapped PORT DATA_DIR``
 """
 
+import math
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from services.kit import devkeys, ids, telemetry
 from services.kit.auth import Access, Authenticator
 from services.kit.call import Kit
 from services.kit.db import Database
+from services.kit.feed import Follower, remembered_access
 from services.kit.server import App, Server
 from services.kit.settings import KitSettings
 
@@ -48,26 +51,22 @@ def add_to_server(server: Any) -> None:
     server.add_registered_method_handlers(SERVICE, {"Empty": handler})
 
 
-class _Remembered:
-    """Stands for the answers that a warm service remembers (kit/feed.py)."""
+async def _access(user_id: str, org_id: str) -> Access:
+    return Access(user_id, org_id or ids.lowest("org"), frozenset({"bench.empty"}))
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, str], Access] = {}
 
-    def peek(self, user_id: str, org_id: str) -> Access | None:
-        return self._known.get((user_id, org_id))
-
-    async def __call__(self, user_id: str, org_id: str) -> Access:
-        key = (user_id, org_id)
-        return self._known.setdefault(key, Access(user_id, org_id or ids.lowest("org"), frozenset({"bench.empty"})))
+def _nothing(seq: int) -> AsyncIterator[Any]:
+    raise NotImplementedError
 
 
 def wrapped_kit(data_dir: Path) -> Kit:
-    """A kit whose callers are people, known without a look-up, as they are on a warm service."""
+    """A kit whose callers are people, remembered as they are on a warm service."""
     settings = KitSettings(**(devkeys.settings_for(devkeys.load_or_make(data_dir), "cli") | {"rate_limit": "100000000/minute"}))  # type: ignore[arg-type]
 
+    follower = Follower(_nothing)
+    follower._heard = math.inf
     db = Database(f"sqlite+aiosqlite:///{data_dir / 'echo.db'}", settings, "echo")
-    return Kit("echo", settings, db, Authenticator(settings, _Remembered()), None)
+    return Kit("echo", settings, db, Authenticator(settings, remembered_access(follower, _access)), None)
 
 
 async def _serve(kind: str, port: int, data_dir: Path) -> None:

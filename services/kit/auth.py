@@ -146,11 +146,11 @@ class Authenticator:
         self._clerk = ClerkVerifier(self.settings) if self.settings.clerk_issuer else None
         self._checked: dict[str, _Token] = {}
         self._forwarders: dict[str, float] = {}
-        # Where answers are remembered (kit/feed.py) they can be had without waiting.
+        # A resolver that remembers (kit/feed.py) has a ``peek``; with any other, nobody is known without waiting.
         self._peek: Callable[[str, str], Access | None] = getattr(self.resolve_access, "peek", lambda user, org: None)
 
     def known(self, metadata: Mapping[str, str | bytes]) -> Caller | None:
-        """What ``caller`` would answer, where the token and what its person may do are remembered: without waiting."""
+        """What ``caller`` would answer, without waiting, where the token and what its person may do are remembered. None elsewhere."""
         wanted_org: Any = metadata.get("clawplane-org", "")
         token = self._checked.get(metadata.get("authorization"))  # type: ignore[arg-type]  # bytes are no text that was checked
         if token is None or token.good_until < time.time():

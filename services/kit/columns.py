@@ -67,7 +67,7 @@ class Identifier(TypeDecorator[str]):
 
 @cache
 def _uuid_class(driver: str) -> Callable[[str], uuid.UUID]:
-    """The driver's own, which is made and sent in half the time: there is one in nearly every parameter."""
+    """The driver's own, which is made and sent in half the time: there is one in nearly every statement."""
     if driver != "asyncpg":
         return uuid.UUID
     from asyncpg.pgproto.pgproto import UUID  # type: ignore[import-untyped]

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import math
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -84,12 +85,16 @@ class Follower:
 
 
 class Kept(Generic[V]):
-    """An answer that is remembered, and until when: 0 once it was dropped."""
+    """An answer that is remembered, and until when (``time.monotonic()``)."""
 
     __slots__ = ("until", "value")
 
     def __init__(self, value: V, until: float) -> None:
         self.value, self.until = value, until
+
+    def drop(self) -> None:
+        """It holds no more, and nothing is held by whoever still has it at hand."""
+        self.value, self.until = None, 0.0  # type: ignore[assignment]  # whoever asks whether it holds does so first
 
 
 class Remembered(Generic[V]):
@@ -105,7 +110,8 @@ class Remembered(Generic[V]):
         which is no tag. ``most`` answers are kept, each for at most ``max_age_s``; then the oldest go."""
         self._follower, self._fetch, self._tags, self._hidden = follower, fetch, tags, hidden
         self._most, self._max_age_s = most, max_age_s
-        self._known: dict[Any, Kept[V]] = {}
+        # A plain dict seeks its first entry among all that were removed before it.
+        self._known: OrderedDict[Any, Kept[V]] = OrderedDict()
         self._tagged: dict[str, set[Any]] = {}
         self._generation = 0
         follower.listen(lambda change: self._drop(concerns(change)), self._clear)
@@ -160,8 +166,9 @@ class Remembered(Generic[V]):
         kept = self._known.pop(name, None)
         if kept is None:
             return
-        kept.until = 0.0
-        for tag in self._tags_of(name, kept.value):
+        tags = self._tags_of(name, kept.value)
+        kept.drop()
+        for tag in tags:
             left = self._tagged[tag]
             left.discard(name)
             if not left:
@@ -170,7 +177,7 @@ class Remembered(Generic[V]):
     def _clear(self) -> None:
         self._generation += 1
         for kept in self._known.values():
-            kept.until = 0.0
+            kept.drop()
         self._known.clear()
         self._tagged.clear()
 

@@ -52,7 +52,7 @@ def wrap(handler: Handler, plan: Plan, kit: Kit) -> Handler:
         plan = replace(plan, rate=rates.times(plan.rate, kit.settings.method_rates_factor))
     assert handler.request_deserializer is not None
     intake = Intake(plan, handler.request_deserializer)
-    # No deserializer: what strangers send is not even decoded. No serializer where an answer may be known as bytes.
+    # No deserializer: what strangers send is not even decoded. No serializer of one answer: it may be known as bytes.
     if handler.unary_unary is not None:
         assert handler.response_serializer is not None
         return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, plan, intake, handler.response_serializer, kit))
@@ -158,8 +158,8 @@ def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes
             _report(meter, call, failure.code.name)
             await _abort(call, failure)
         _report(meter, call, "OK")
-        if not plan.is_read:
-            # A read that went well leaves nothing behind that the id would name.
+        if not plan.is_read or plan.audited:
+            # Of any other read that went well nothing stays that the id would name.
             context.set_trailing_metadata((("x-request-id", call.request_id),))
         return response
 

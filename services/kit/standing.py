@@ -13,8 +13,8 @@ class Standing:
         self._kept: dict[bytes, tuple[bytes, Callable[[], bool]]] = {}
 
     def again(self, raw: bytes) -> bytes | None:
-        """The answer to a request that was answered before; None when it must be handled. Each asking counts as a call to the handler's
-        word, which does what an answer has to do beside being given."""
+        """The answer to a request that was answered before; None when it must be handled. ``stands`` is called each time, and does what an
+        answer owes beside being given."""
         if not self._kept:
             return None
         name = sha256(raw).digest()
@@ -28,7 +28,7 @@ class Standing:
         return None
 
     def keep(self, raw: bytes, answer: bytes, stands: Callable[[], bool]) -> None:
-        """Remembers an answer; the oldest one goes where there are too many."""
+        """Remembers an answer, for as long as ``stands()`` is true. Where there are too many, all go: each is soon there again."""
         if len(self._kept) >= _MOST:
-            del self._kept[next(iter(self._kept))]
+            self._kept.clear()
         self._kept[sha256(raw).digest()] = (answer, stands)

@@ -126,6 +126,19 @@ async def test_a_defect_says_nothing_and_its_log_no_secret(echo: Echo) -> None:
 
 
 @pytest.mark.any_engine
+async def test_what_is_no_answer_is_a_defect(echo: Echo) -> None:
+    async def says_nothing(request: Any, call: Call) -> Any:
+        return None
+
+    echo.service.on["Read"] = says_nothing
+    with structlog.testing.capture_logs() as logs:
+        error = await refused(echo.call("Read"))
+    assert error.code() is Code.INTERNAL and "NoneType" not in (error.details() or "")
+    assert [line["event"] for line in logs] == ["rpc.defect"]
+    assert logs[0]["request_id"] == detail(error, error_details_pb2.RequestInfo).request_id != ""
+
+
+@pytest.mark.any_engine
 async def test_request_ids_are_taken_made_and_given_back(echo: Echo) -> None:
     async def trailing(call: Any) -> str:
         return str(dict(await call.trailing_metadata() or ()).get("x-request-id", ""))
@@ -137,6 +150,12 @@ async def test_request_ids_are_taken_made_and_given_back(echo: Echo) -> None:
     assert crossed == many, "a call was given the metadata of another"
     made = {await trailing(echo.call("Write", metadata=(*who, named(bad)))) for bad in ("", "x" * 65, "a b")}
     assert len(made) == 3 and all(made) and "mine" not in made
+    # One that was made is the same everywhere.
+    said = await trailing(echo.call("Write"))
+    (row,) = await audits(echo, said)
+    assert row.method == f"/{SERVICE}/Write"
+    secret = echo.call("Show")
+    assert len(await audits(echo, await trailing(secret))) == 1
     # A read has an id too, and tells it when there is something to look up.
     error = await refused(echo.call("Read", "x" * 101, (*who, named("mine"))))
     assert dict(error.trailing_metadata() or ())["x-request-id"] == "mine"

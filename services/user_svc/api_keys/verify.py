@@ -23,7 +23,8 @@ class Verifier:
         self.find, self.known, self.uses, self.hit = find, known, uses, hit
 
     async def __call__(self, request: rpc.VerifyApiKeyRequest, call: Call) -> rpc.VerifyApiKeyResponse:
-        """The answer; it is shared, so nobody may change it. That a key without a rate is valid stands until a change concerns the key."""
+        """The answer; it is shared, so nobody may change it. That a key without a rate is VALID stands for as long as the key
+        is remembered, and has not ended by itself."""
         text, uncounted = request.key, request.uncounted
         if uncounted:
             # Who remembers the answer may have heard of a change before this process has, and would keep what was true before it.
@@ -53,8 +54,8 @@ class Verifier:
         return answer
 
     def _used_again(self, kept: Kept[KnownKey | None]) -> bool:
-        found = kept.value
-        if found is None or found.ends_at <= time.time() or not self.known.holds(kept):
+        found = kept.value if self.known.holds(kept) else None
+        if found is None or found.ends_at <= time.time():
             return False
         self.uses.note(found.caller.key_id)
         return True
