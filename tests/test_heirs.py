@@ -137,7 +137,7 @@ async def test_a_second_try_writes_no_row_twice() -> None:
 
     class Unwritten(Call):
         async def _write_along(self, session: Any) -> None:
-            written.append([note.org_id for note in self._trail.elsewhere])
+            written.append([note.org_id for note in self.trail.elsewhere])
 
     written: list[list[str]] = []
     tries = 0
@@ -152,6 +152,6 @@ async def test_a_second_try_writes_no_row_twice() -> None:
         tries += 1
         call.audit_elsewhere(f"org_{tries}", "x")
 
-    call = Unwritten(SimpleNamespace(db=Db()), None, None, "", None)  # type: ignore[arg-type]
+    call = Unwritten(SimpleNamespace(db=Db()), None, {}, None)  # type: ignore[arg-type]
     await call.run(work, "org_0")
     assert written == [["org_1"], ["org_2"]]
