@@ -53,14 +53,14 @@ class Room:
 
 class Coalescer(Generic[T, R]):
     """``await coalescer(item)``: the answer. A lone caller is served at once; those who come while work is under way share the next piece
-    of it, which starts after they came: nobody is given what was read before he asked. One piece at a time: a second beside it would only
-    make both smaller, and a query or a commit costs more than its rows."""
+    of it, which starts after they came: nobody is given what was read before he asked."""
 
-    def __init__(self, work: Work[T, R], most: int = _MOST) -> None:
-        """``most`` items share one piece of work."""
-        self._work, self._most = work, most
+    def __init__(self, work: Work[T, R], most: int = _MOST, flights: int = 2) -> None:
+        """``most`` items share one piece of work, and so many pieces are under way at a time."""
+        self._work, self._most, self._most_flights = work, most, flights
         self._waiting: dict[asyncio.Future[R], T] = {}
-        self._flight: asyncio.Task[None] | None = None
+        self._flights: set[asyncio.Task[None]] = set()
+        self._flying = 0
         self._asked = 0
         self._peak = 0.0
 
@@ -68,8 +68,11 @@ class Coalescer(Generic[T, R]):
         """The answer; raises what the work raised."""
         future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting[future] = item
-        if self._flight is None:
-            self._flight = asyncio.create_task(self._fly())
+        if self._flying < self._most_flights:
+            self._flying += 1
+            flight = asyncio.create_task(self._fly())
+            self._flights.add(flight)
+            flight.add_done_callback(self._flights.discard)
         self._asked += 1
         self._peak = max(self._peak, self._asked)
         try:
@@ -96,7 +99,7 @@ class Coalescer(Generic[T, R]):
             raise
         finally:
             # In the same step that found nobody waiting: who comes now must start a flight of his own.
-            self._flight = None
+            self._flying -= 1
 
     async def _linger(self) -> None:
         """While more keep coming, but not for long: gRPC hands calls over one at a time, and each would find nobody to share with."""
@@ -149,4 +152,5 @@ class Batcher(Coalescer[T, R]):
             half = len(items) // 2
             return [*await apart(items[:half]), *await apart(items[half:])]
 
-        super().__init__(apart, most)
+        # While one commits, the next one fills: a second beside it would make both smaller, and a commit costs more than its rows.
+        super().__init__(apart, most, flights=1)
