@@ -50,6 +50,21 @@ async def test_nobody_gets_what_was_read_before_he_asked() -> None:
     assert (await early, await late) == (1, 1000)
 
 
+async def test_what_hangs_holds_up_nobody_who_comes_later() -> None:
+    table = Table()
+    load: Loader[int] = Loader(table.fetch)
+    table.gate.clear()
+    hangs = asyncio.create_task(load("k1"))
+    while not table.queries:
+        await asyncio.sleep(0)
+    closed, table.gate = table.gate, asyncio.Event()
+    table.gate.set()
+    async with asyncio.timeout(5):
+        assert await load("k2") == 2 and not hangs.done()
+    closed.set()
+    assert await hangs == 1
+
+
 async def test_of_whoever_leaves_nothing_waits() -> None:
     """A table that is stuck while callers come and give up: what waits must not grow."""
     table = Table()
