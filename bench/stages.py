@@ -27,14 +27,13 @@ async def measure() -> dict[str, float]:
         plan = Plan.of(service.methods_by_name["Empty"])
         token = TokenSigner(kit.settings).sign(["*"], user=ids.new("usr"), lifetime_s=900)
         metadata = {"authorization": f"Bearer {token}", "user-agent": "grpc-python"}
-        context: Any = None
         request, meter = empty_pb2.Empty(), telemetry.meter(plan.method)
-        call = Call(kit, plan, metadata, context)
+        call = Call(kit, plan, metadata, None)
         call.caller = caller = await kit.caller(plan, metadata)
         assert kit.known_caller(plan, metadata) is caller
         stages: dict[str, Callable[[], Any]] = {
             "caller": lambda: kit.known_caller(plan, metadata),
-            "call": lambda: Call(kit, plan, metadata, context),
+            "call": lambda: Call(kit, plan, metadata, None),
             "rule": call.permit,
             "rate limit": lambda: kit.limiter.hit_here(caller.subject, kit.settings.rate_limit),
             "field rules": lambda: protovalidate.collect_violations(request),

@@ -140,9 +140,10 @@ def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes
             if response is None:
                 request = intake.take(raw)
                 repeatable = plan.takes_request_id and request.request_id
-                response = pack(await (idempotency.once(call, request, handler) if repeatable else handler(request, call)))
+                message = await (idempotency.once(call, request, handler) if repeatable else handler(request, call))
                 if call.owes_audit:
                     await call.write_audit()
+                response = pack(message)
                 if call.stands is not None:
                     standing.keep(raw, response, call.stands)
         except grpc.aio.AbortError:

@@ -26,6 +26,15 @@ class Table:
         return found
 
 
+async def under_way(table: Table, load: Loader[int]) -> asyncio.Task[int | None]:
+    """A get whose query has begun, and ends when the gate opens."""
+    table.gate.clear()
+    get = asyncio.create_task(load("k1"))
+    while not table.queries:
+        await asyncio.sleep(0)
+    return get
+
+
 async def test_many_gets_are_few_queries_and_one_is_one() -> None:
     table = Table()
     load: Loader[int] = Loader(table.fetch)
@@ -39,10 +48,7 @@ async def test_many_gets_are_few_queries_and_one_is_one() -> None:
 async def test_nobody_gets_what_was_read_before_he_asked() -> None:
     table = Table()
     load: Loader[int] = Loader(table.fetch)
-    table.gate.clear()
-    early = asyncio.create_task(load("k1"))
-    while not table.queries:
-        await asyncio.sleep(0)
+    early = await under_way(table, load)
     table.rows["k1"] = 1000
     late = asyncio.create_task(load("k1"))
     await asyncio.sleep(0.02)
@@ -53,10 +59,7 @@ async def test_nobody_gets_what_was_read_before_he_asked() -> None:
 async def test_what_hangs_holds_up_nobody_who_comes_later() -> None:
     table = Table()
     load: Loader[int] = Loader(table.fetch)
-    table.gate.clear()
-    hangs = asyncio.create_task(load("k1"))
-    while not table.queries:
-        await asyncio.sleep(0)
+    hangs = await under_way(table, load)
     closed, table.gate = table.gate, asyncio.Event()
     table.gate.set()
     async with asyncio.timeout(5):

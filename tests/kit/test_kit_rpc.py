@@ -136,6 +136,10 @@ async def test_what_is_no_answer_is_a_defect(echo: Echo) -> None:
     assert error.code() is Code.INTERNAL and "NoneType" not in (error.details() or "")
     assert [line["event"] for line in logs] == ["rpc.defect"]
     assert logs[0]["request_id"] == detail(error, error_details_pb2.RequestInfo).request_id != ""
+    # What was done before is audited all the same.
+    echo.service.on["Write"] = says_nothing
+    error = await refused(echo.call("Write", metadata=(*echo.person(), named("no-answer"))))
+    assert error.code() is Code.INTERNAL and len(await audits(echo, "no-answer")) == 1
 
 
 @pytest.mark.any_engine
