@@ -73,6 +73,10 @@ class Scenario:
     run: "Callable[[], tuple[int, float]] | None" = None
     """For what the load generator does not do: how many events went through, and in how many seconds."""
 
+    def for_longer(self, times: int) -> "Scenario":
+        """The same, measured for so many times its time."""
+        return replace(self, order=replace(self.order, seconds=self.order.seconds * times))
+
 
 @dataclass
 class Figures:

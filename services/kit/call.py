@@ -27,6 +27,7 @@ from services.kit.limits import Guesses, Limiter
 from services.kit.proto import any_field
 from services.kit.secrets import SecretBox
 from services.kit.settings import KitSettings
+from services.kit.standing import Word
 
 _NO_SIDE_EFFECTS = 1
 _RECHECK_S = 0.8
@@ -137,8 +138,8 @@ class Call:
     """One call, as a handler sees it."""
 
     __slots__ = (
-        "_client", "_request_id", "_trail", "caller", "claim", "claimed", "context", "kit", "metadata", "plan", "repeats", "stands",
-        "started",
+        "_client", "_request_id", "_trail", "caller", "claim", "claimed", "context", "kit", "metadata", "plan", "repeats", "started",
+        "word",
     )  # fmt: skip
 
     def __init__(self, kit: Kit, plan: Plan, metadata: Metadata, context: Any) -> None:
@@ -154,8 +155,8 @@ class Call:
         self.claimed = False
         self.repeats = False
         """Whether the answer is the stored one of an earlier call."""
-        self.stands: Callable[[], bool] | None = None
-        """See ``stands_while``."""
+        self.word: Word | None = None
+        """See ``stands_by``."""
 
     @property
     def request_id(self) -> str:
@@ -221,12 +222,12 @@ class Call:
             await self._write_along(session)
         self._done()
 
-    def stands_while(self, holds: Callable[[], bool]) -> None:
-        """The answer may be given again to every caller who sends the same bytes, without the handler, each time that ``holds()`` is true.
+    def stands_by(self, word: Word) -> None:
+        """The answer may be given again to every caller who sends the same bytes, without the handler, each time that its word holds.
         For reads of the platform alone, whose answers are the same for all who may ask."""
         if not self.plan.is_read or self.plan.audited or self.plan.audience != options_pb2.AUDIENCE_PLATFORM:
             raise ValueError(f"an answer of {self.plan.method} cannot stand: it is no unaudited read of the platform")
-        self.stands = holds
+        self.word = word
 
     def sees(self, org_id: str) -> bool:
         """Whether the caller's tenant is this organization, or all of them. For rows that no session has filtered."""

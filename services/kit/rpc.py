@@ -144,8 +144,8 @@ def _unary(handler: Any, plan: Plan, intake: Intake, pack: Callable[[Any], bytes
                 if call.owes_audit:
                     await call.write_audit()
                 response = pack(message)
-                if call.stands is not None:
-                    standing.keep(raw, response, call.stands)
+                if call.word is not None:
+                    standing.keep(raw, response, call.word)
         except grpc.aio.AbortError:
             raise
         except asyncio.CancelledError:

@@ -1,15 +1,24 @@
 """Answers that are given again without asking the handler."""
 
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 import pytest
 
 from services.kit import standing
-from services.kit.standing import Standing
+from services.kit.standing import Standing, Word
 from tests.kit.echo import Answer, Echo, Request, refused
 
 Code = grpc.StatusCode
+
+
+class _Said(Word):
+    def __init__(self, holds: Callable[[], bool]) -> None:
+        self._holds = holds
+
+    def holds(self) -> bool:
+        return self._holds()
 
 
 class Scale:
@@ -21,7 +30,7 @@ class Scale:
 
     async def __call__(self, request: Any, call: Any) -> Any:
         self.asked += 1
-        call.stands_while(self._word)
+        call.stands_by(_Said(self._word))
         return Answer(text=f"{request.text} {self.asked}")
 
     def _word(self) -> bool:
@@ -50,7 +59,7 @@ async def test_what_stands_is_for_those_alone_who_may_ask(echo: Echo) -> None:
 
 async def test_what_fails_does_not_stand(echo: Echo) -> None:
     async def fails(request: Any, call: Any) -> Any:
-        call.stands_while(lambda: True)
+        call.stands_by(_Said(lambda: True))
         raise NotImplementedError
 
     echo.service.on["Weigh"] = fails
@@ -73,6 +82,6 @@ def test_so_many_stand_and_no_text_of_them_is_kept(monkeypatch: pytest.MonkeyPat
     answers = Standing()
     asked = [Request(text=f"secret {number}").SerializeToString() for number in range(4)]
     for raw in asked:
-        answers.keep(raw, b"answer", lambda: True)
+        answers.keep(raw, b"answer", _Said(lambda: True))
     assert [answers.again(raw) for raw in asked] == [None, None, None, b"answer"]
     assert not any(b"secret" in name for name in answers._kept)

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from clawplane.user.v1 import api_key_service_pb2 as rpc
 from services.kit.call import Call
 from services.kit.feed import Kept, Remembered
 from services.kit.known_keys import KnownKey, Uses
+from services.kit.standing import Word
 
 Hit = Callable[[str, str], Awaitable[float]]
 """(subject, rate) -> 0 when the call is within the rate, else the seconds to wait."""
@@ -50,14 +50,23 @@ class Verifier:
             return limited
         self.uses.note(caller.key_id)
         if not caller.rate and (kept := self.known.kept(text)) is not None and kept.value is found:
-            call.stands_while(partial(self._used_again, kept))
+            call.stands_by(_IsValid(self, kept, found))
         return answer
 
-    def _used_again(self, kept: Kept[KnownKey | None]) -> bool:
-        found = kept.value if self.known.holds(kept) else None
-        if found is None or found.ends_at <= time.time():
+
+class _IsValid(Word):
+    """That a key without a rate is VALID: as long as it is remembered, and has not ended by itself. Each time it was used."""
+
+    __slots__ = ("ends_at", "kept", "key_id", "verifier")
+
+    def __init__(self, verifier: Verifier, kept: Kept[KnownKey | None], found: KnownKey) -> None:
+        self.verifier, self.kept = verifier, kept
+        self.key_id, self.ends_at = found.caller.key_id, found.ends_at
+
+    def holds(self) -> bool:
+        if self.ends_at <= time.time() or not self.verifier.known.holds(self.kept):
             return False
-        self.uses.note(found.caller.key_id)
+        self.verifier.uses.note(self.key_id)
         return True
 
 
