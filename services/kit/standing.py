@@ -6,7 +6,7 @@ _MOST = 200_000
 
 
 class Word:
-    """A handler's word for its answer. One small object for each answer: among very many, what costs is memory that no cache holds."""
+    """A handler's word for one answer, a new one for each. Small, since among very many what costs is memory that no cache holds."""
 
     __slots__ = ("answer",)
     answer: bytes

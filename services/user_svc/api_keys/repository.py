@@ -182,9 +182,11 @@ def concerned(change: Change) -> list[str]:
 def use_writer(db: Database) -> Callable[[Sequence[str]], Awaitable[None]]:
     """Writes down that keys were used now, in one statement."""
 
-    # As one text: to send each by itself costs several times as much, and a busy process has thousands at a time.
+    # As one text: to send each by itself costs this process several times as much, and there may be thousands at a time.
     used = func.string_to_array(func.replace(bindparam("keys", type_=Text), f"{known_keys.ID_PREFIX}_", ""), ",")
-    is_used = among(db, ApiKey.id) if db.is_sqlite else ApiKey.id == any_(cast(used, ARRAY(Uuid)))
+    # In a sub-select, which is evaluated once: else it would be for each row that is looked at again after a lock.
+    once = select(cast(used, ARRAY(Uuid))).scalar_subquery()
+    is_used = among(db, ApiKey.id) if db.is_sqlite else ApiKey.id == any_(cast(once, ARRAY(Uuid)))
     # Being used is no change that an owner should see.
     at = bindparam("at", type_=ApiKey.last_used_at.type)
     statement = (
