@@ -1,19 +1,20 @@
 """Answers that stand: who sends the very same request again gets the same answer, for as long as the handler's word for it holds."""
 
+from abc import ABC, abstractmethod
 from hashlib import sha256
 
 _MOST = 200_000
 
 
-class Word:
+class Word(ABC):
     """A handler's word for one answer, a new one for each. Small, since among very many what costs is memory that no cache holds."""
 
     __slots__ = ("answer",)
     answer: bytes
 
+    @abstractmethod
     def holds(self) -> bool:
         """Whether the answer may be given now. Asked each time that it is to be given, so it also does what an answer owes beside that."""
-        raise NotImplementedError
 
 
 class Standing:

@@ -151,14 +151,14 @@ async def _rehash(db: Database, old: bytes, new: bytes, key_id: str) -> None:
 def _known(row: Any) -> KnownKey:
     in_force = row.is_active and row.revoked_at is None and row.org_deleted is None
     holds = in_force and row.user_active and row.user_deleted is None and row.role is not None
-    permissions, with_every_keys = _granted(tuple(row.permissions), row.role) if holds else (frozenset[str](), OF_EVERY_KEY)
+    permissions, of_caller = _granted(tuple(row.permissions), row.role) if holds else (frozenset[str](), OF_EVERY_KEY)
     ends = min((at for at in (row.text_ends, row.expires_at) if at is not None), default=None)
     answer = api_key_service_pb2.VerifyApiKeyResponse(
         outcome=_VALID, key_id=row.id, org_id=row.org_id, user_id=row.user_id, deployment_id=row.deployment_id or "",
         permissions=sorted(permissions), rate=row.rate, email=row.email, expires_at=ends,
     )  # fmt: skip
     caller = Caller(
-        "claw" if row.deployment_id else "key", row.id, with_every_keys, row.org_id, row.user_id, row.email,
+        "claw" if row.deployment_id else "key", row.id, of_caller, row.org_id, row.user_id, row.email,
         row.deployment_id or "", row.id, rate=row.rate,
     )  # fmt: skip
     return KnownKey(caller, holds, ends.timestamp() if ends is not None else math.inf, answer, permissions)
@@ -182,7 +182,7 @@ def concerned(change: Change) -> list[str]:
 def use_writer(db: Database) -> Callable[[Sequence[str]], Awaitable[None]]:
     """Writes down that keys were used now, in one statement."""
 
-    # As one text: to send each by itself costs this process several times as much, and there may be thousands at a time.
+    # As one text: by itself each is a UUID to be made and sent, and there may be thousands at a time.
     used = func.string_to_array(func.replace(bindparam("keys", type_=Text), f"{known_keys.ID_PREFIX}_", ""), ",")
     # In a sub-select, which is evaluated once: else it would be for each row that is looked at again after a lock.
     once = select(cast(used, ARRAY(Uuid))).scalar_subquery()
